@@ -1,0 +1,51 @@
+# What CI does, a person can do: every check is a target here. `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint format types imports bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp is as new as what decides what gets installed: a second call installs nothing again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,wandb,tensorboard]'
+	@touch $@
+
+install: $(VENV)/.installed ## create .venv and install everything into it
+
+demo: $(VENV)/.installed ## train on the embedded digits, evaluate, and show where the results are
+	@# A run directory is never overwritten: each demo gets the next free number.
+	@n=1; while [ -e $(DEMO)-$$n ]; do n=$$((n + 1)); done; run=$(DEMO)-$$n; \
+	$(BIN)/batchcam train --dataset digits --model simple_cnn --objective bcpl_l1 --epochs 10 --batch-size 64 --out $$run && \
+	$(BIN)/batchcam evaluate $$run && \
+	echo "The run is in $$run; its class maps are $$run/class_maps.png"
+
+test: $(VENV)/.installed ## run the tests (BATCHCAM_DATA=DIR adds those on real MNIST)
+	$(BIN)/python -m pytest
+
+check: lint format types imports ## lint, format, types and the import rule
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: $(VENV)/.installed ## measure what the README claims, on this machine
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.against_predecessor
+
+clean: ## remove .venv and caches (never runs/)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,191 @@
+"""The command line. Options of `train` come from `config.RunConfig`; heavy imports wait for their command."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from .config import REGISTRIES, RunConfig, make_config
+from .errors import InputError, unknown_name
+
+_DONE, _FAULT, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status (0 done, 2 bad input, 130 interrupted, 1 fault)."""
+    try:
+        return _run(list(arguments))
+    except InputError as error:
+        _say(f"batchcam: error: {error}")
+        return _BAD_INPUT
+    except FloatingPointError as error:
+        _say(f"batchcam: stopped: {error}")
+        return _FAULT
+    except KeyboardInterrupt:
+        _say("batchcam: interrupted")
+        return _INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _run(arguments: list[str]) -> int:
+    # The sub-command is read first: only its own parser is built, and only its own imports are paid for.
+    overview = _Parser(
+        prog="batchcam",
+        description="Train image classifiers that are right for the right reasons.",
+        epilog="batchcam COMMAND --help explains a command",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    from . import __version__
+
+    overview.add_argument("--version", action="version", version=f"batchcam {__version__}")
+    listing = overview.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        listing.add_parser(name, help=(command.__doc__ or "").splitlines()[0], add_help=False)
+    if not arguments or arguments[0].startswith("-"):
+        overview.parse_args(arguments)
+        overview.print_help()
+        return _DONE
+    if arguments[0] not in COMMANDS:
+        raise unknown_name("command", arguments[0], COMMANDS)
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+# Commands ------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    """train a model, on one process or under a launcher"""
+    parser = _command_parser("train", "Train a model and leave a run directory.")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file; flags go before it")
+    for name, field in RunConfig.model_fields.items():
+        _add_option(parser, name, field)
+    options = vars(_parse(parser, arguments))
+    file = options.pop("config", None)
+    config = make_config(options, file)
+
+    from .trainer import train
+
+    summary = train(config)
+    if _is_main_process():
+        print(_summary_lines(summary), flush=True)
+    return _FAULT if summary.get("debug_passed") is False else _DONE
+
+
+def _evaluate(arguments: list[str]) -> int:
+    """accuracy and explanation quality of a finished run"""
+    parser = _command_parser("evaluate", "Evaluate the model of a run directory.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--split", choices=["test", "valid"], default="test", help="image set (default: test)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    options = _parse(parser, arguments)
+
+    from .evaluate_run import evaluate_run
+
+    figures = evaluate_run(options.run, options.split, options.data_root, options.device)
+    print(json.dumps(figures, indent=2))
+    return _DONE
+
+
+def _doctor(arguments: list[str]) -> int:
+    """what this machine has and what is missing"""
+    parser = _command_parser("doctor", "Check devices, backends, versions, data and logins.")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets")
+    options = _parse(parser, arguments)
+
+    from .doctor import examine
+
+    for check in examine(options.data_root):
+        print(check.line())
+    return _DONE
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "doctor": _doctor}
+
+
+# Parsing -------------------------------------------------------------------------------------------------
+
+
+def _command_parser(name: str, description: str) -> _Parser:
+    return _Parser(prog=f"batchcam {name}", description=description, allow_abbrev=False)
+
+
+def _parse(parser: _Parser, arguments: list[str]) -> argparse.Namespace:
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        if rest[0].startswith("-"):
+            raise unknown_name("option", rest[0].split("=")[0], flags, f"see {parser.prog} --help")
+        raise InputError(f"{rest[0]!r} belongs to no option (see {parser.prog} --help)")
+    return options
+
+
+def _add_option(parser: _Parser, name: str, field: FieldInfo) -> None:
+    """One flag for one field of the configuration; values stay text, the configuration checks them."""
+    flag = f"--{name.replace('_', '-')}"
+    types = _alternatives(field.annotation)
+    literals = [value for kind in types if get_origin(kind) is Literal for value in get_args(kind)]
+    text = " ".join((field.description or "").split()).replace("%", "%%")
+    if literals:
+        text += f" ({', '.join(literals)})"
+    elif name in REGISTRIES and {"-h", "--help"} & set(sys.argv):
+        text += f" ({', '.join(REGISTRIES[name]())})"
+    if field.default not in (None, False):
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text += f" [{default}]"
+    common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+    if types == [bool]:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif bool in types:
+        parser.add_argument(flag, nargs="?", const=True, metavar="FILE", **common)
+    elif get_origin(types[0]) is tuple:
+        parser.add_argument(flag, nargs=len(get_args(types[0])), metavar=("α", "β", "γ"), **common)
+    else:
+        parser.add_argument(flag, metavar=_metavar(types), **common)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union without None; a single type as a list of one."""
+    members = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
+    if get_origin(annotation) is not None and str(get_origin(annotation)) == "typing.Union":
+        members = get_args(annotation)
+    return [member for member in members if member is not NoneType]
+
+
+def _metavar(types: list[Any]) -> str:
+    if any(get_origin(kind) is Literal for kind in types):
+        return "NAME"
+    return {Path: "PATH", str: "NAME"}.get(types[0], "N")
+
+
+# Output --------------------------------------------------------------------------------------------------
+
+
+def _summary_lines(summary: dict[str, Any]) -> str:
+    best = f"best epoch {summary['best_epoch']}: {summary['best_test_accuracy']:.2f} %"
+    return (
+        f"batchcam: test accuracy {summary['test_accuracy']:.2f} % ({best}), CAM L1 {summary['cam_l1']:.4f}, "
+        f"CAM SSIM {summary['cam_ssim']:.3f}, class CAM SSIM {summary['class_cam_ssim']:.3f}; "
+        f"{summary['images_per_second']:,.0f} images/s, {summary['train_seconds']:.1f} s of training"
+    )
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    # Once per machine, not once per process.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line.replace("\n", " "), file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""Processes and devices: Accelerate started as the user meant it, or not at all."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import RunConfig
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def start_accelerator(config: RunConfig) -> "Accelerator":
+    """The `Accelerator` of this process.
+
+    Launchers can degrade silently to one process, or to several that each believe they are alone; either
+    would train on the wrong batch without a word. What the launcher announced must be what Accelerate sees.
+
+    Raises:
+        InputError: fewer processes than were launched, or a device that is not there.
+    """
+    launched = _launched_processes()
+    if config.debug and launched > 1:
+        raise InputError(f"--debug is for one process, {launched} were launched: start it without a launcher")
+    cpu = _use_cpu(config)
+    if config.precision == "fp16" and cpu:
+        raise InputError("--precision fp16 needs a GPU: use bf16 or no")
+    if config.sync_batchnorm and cpu:
+        raise InputError("--sync-batchnorm needs GPUs: leave it out")
+    if cpu:
+        # Set by schedulers that saw a GPU, it would go before cpu=True.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if config.debug:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
+
+    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, GradientState
+
+    # Accelerate's state is global: a run in the same process as an earlier one must not inherit its settings.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        # split_batches: the batch size is the global one, so the schedule moves once a step, not once a rank.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # Running statistics are averaged before they are used (see `average_buffers`), not sent in every step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != launched:
+        raise InputError(
+            f"{launched} processes were launched, but this one sees {accelerator.num_processes}: "
+            "check the launcher's configuration (accelerate env)"
+        )
+    return accelerator
+
+
+def describe(accelerator: "Accelerator") -> str:
+    """How many processes on which devices and backend, in words."""
+    count = accelerator.num_processes
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if count == 1:
+        return f"1 process on {name}"
+    return f"{count} processes on {name} ({torch.distributed.get_backend()})"
+
+
+def broadcast_from_main(values: list[Any]) -> None:
+    """Replace the list's items, on every rank, by those of the main process."""
+    from accelerate.utils import broadcast_object_list
+
+    broadcast_object_list(values)
+
+
+def average_buffers(module: torch.nn.Module, accelerator: "Accelerator") -> None:
+    """Give all ranks the mean of their floating-point buffers (running statistics), in one collective."""
+    if accelerator.num_processes == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    torch.distributed.all_reduce(flat)
+    flat /= accelerator.num_processes
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def _launched_processes() -> int:
+    environment = os.environ
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment:
+        # `accelerate launch --cpu --num_processes 2` prepares an address for several and starts one.
+        raise InputError(
+            "accelerate launch was asked for several processes but started one; on CPUs launch with "
+            "--config_file cluster/accelerate/cpu_gloo.yaml, or ACCELERATE_USE_CPU=true and --multi_gpu"
+        )
+    return 1
+
+
+def _use_cpu(config: RunConfig) -> bool:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is visible here (batchcam doctor says more)")
+    if config.device == "auto":
+        return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    return config.device == "cpu"

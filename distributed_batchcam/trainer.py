@@ -1,0 +1,561 @@
+"""The training loop: one process or many, one run directory."""
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import load_checkpoint, save_checkpoint, save_model, save_prototypes, write_atomic
+from .config import RunConfig
+from .data import Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
+from .debug import DebugMonitor
+from .errors import InputError
+from .evaluation import Evaluation, evaluate
+from .models import CAMModel, count_gflops, count_parameters, create_model
+from .objectives import CAMLossOptions, LossParts, Objective
+from .optim import make_ema, make_optimizer, make_scheduler
+from .report.figures import save_class_maps
+from .runtime import average_buffers, broadcast_from_main, describe, start_accelerator
+from .tracking import MetricsFile, SafeTracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+EVALUATION_BATCH = 512
+DEBUG_SAMPLES = 512
+
+# What may differ between a run and its continuation without changing what is computed.
+FREE_ON_RESUME = {
+    *("out", "resume", "data_root", "cache_images", "workers", "device", "precision", "compile", "channels_last"),
+    *("keep_checkpoints", "log_every", "tracker"),
+}
+
+
+@dataclass
+class Progress:
+    """How far a run has come; part of every checkpoint."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done
+    images: int = 0
+    seconds: float = 0.0  # spent training, evaluation and saving not counted
+    best_accuracy: float = -1.0  # on the validation set, percent
+    best_epoch: int = 0
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train one model and leave a run directory; under a launcher, call it in every process.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        InputError: anything about the request that cannot be right; nothing is left behind then.
+    """
+    accelerator = start_accelerator(config)
+    if accelerator.is_main_process:
+        print(f"batchcam: {describe(accelerator)}", flush=True)
+    run_dir, resumed = _choose_run_dir(config, accelerator)
+    if config.debug:
+        torch.use_deterministic_algorithms(True)
+        torch.autograd.set_detect_anomaly(True)
+    try:
+        data = load_data(
+            config.dataset,
+            data_root=config.data_root,
+            image_size=config.image_size,
+            valid_size=config.valid_size,
+            limit=DEBUG_SAMPLES if config.debug else None,
+            cache_images=config.cache_images,
+        )
+        _check_batch(config, len(data.train), accelerator.num_processes)
+        trainer = Trainer(config, accelerator, data, run_dir)
+        trainer.open_run(resumed)
+        return trainer.fit()
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+        torch.use_deterministic_algorithms(False)
+
+
+class Trainer:
+    """One run: model, data, objective, and where they stand."""
+
+    def __init__(self, config: RunConfig, accelerator: "Accelerator", data: Data, run_dir: Path) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.data = data
+        self.run_dir = run_dir
+        self.progress = Progress()
+        self.prototypes = _make_prototypes(config, data)
+        device = accelerator.device
+
+        # The same weights on every rank and for every world size.
+        torch.manual_seed(config.seed)
+        model = create_model(
+            config.model,
+            data.num_classes,
+            data.channels,
+            data.image_size,
+            pretrained=config.pretrained,
+            target_layer=config.target_layer,
+        )
+        self.parameters = count_parameters(model)
+        self.gflops = count_gflops(model, data.channels, data.image_size)
+        if config.sync_batchnorm:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # The backbone is compiled on its own: the head's second-order gradients cannot be.
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        model = model.to(device)
+        self.ema = make_ema(config, model)
+        if config.compile:
+            model.compile_backbone()
+        self.model = model  # the bare one, for evaluation and saving
+
+        self.loader = self._loader(data.train, config.batch_size // config.accumulate, shuffle=True)
+        self.steps_per_epoch = len(data.train) // config.batch_size
+        optimizer = make_optimizer(config, model)
+        scheduler = make_scheduler(config, optimizer, self.steps_per_epoch * config.epochs)
+        self.objective = Objective(
+            config.objective,
+            self.prototypes["train"],
+            weight=config.weight,
+            class_weight=config.class_weight,
+            label_smoothing=config.label_smoothing,
+            options=CAMLossOptions(
+                config.cam_class, config.reduction, config.resize, config.ssim_exponents, config.margin
+            ),
+        ).to(device)
+        self.ddp, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
+        self.debug = DebugMonitor(model) if config.debug else None
+
+    # Run directory -----------------------------------------------------------------------------------
+
+    def open_run(self, resumed: bool) -> None:
+        """Create the run directory, or take up the newest intact checkpoint of an existing one."""
+        self.checkpoints = self.run_dir / "checkpoints"
+        if resumed:
+            self._resume()
+        self.metrics: MetricsFile | None = None
+        self.tracker: SafeTracker | None = None
+        if self.accelerator.is_main_process:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.run_dir / "config.yaml", self._resolved_config().to_yaml().encode())
+            save_prototypes(self.run_dir / "prototypes.safetensors", self.prototypes)
+            self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.progress.step if resumed else None)
+            self.tracker = SafeTracker(self.config, self.run_dir)
+            print(self._headline(), flush=True)
+        self.accelerator.wait_for_everyone()
+
+    def _headline(self) -> str:
+        config, data = self.config, self.data
+        weight = "" if config.objective == "baseline" else f" at weight {config.weight:g}"
+        validation = "the test set" if data.valid is data.test else f"{len(data.valid):,}"
+        return (
+            f"batchcam: {config.model} ({self.parameters:,} parameters, {self.gflops:.4f} GFLOPs) with "
+            f"{config.objective}{weight} on {data.name}: {len(data.train):,} images of {data.channels}×"
+            f"{data.image_size}×{data.image_size} to train, {validation} to validate, {len(data.test):,} to test\n"
+            f"batchcam: run directory {self.run_dir}"
+        )
+
+    def _resolved_config(self) -> RunConfig:
+        """The configuration with the defaults that depend on the data filled in."""
+        held_out = 0 if self.data.valid is self.data.test else self.config.valid_size
+        if held_out is None:
+            held_out = len(self.data.valid)
+        found = {
+            "data_root": self.data.data_root,
+            "image_size": self.data.image_size,
+            "valid_size": self.config.valid_size if self.config.debug else held_out,
+            "warmup": self.config.warmup_share,
+        }
+        return self.config.model_copy(update=found)
+
+    # Training ----------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch, evaluate, and write what a finished run leaves."""
+        with self._progress_bar() as bar:
+            while self.progress.epoch < self.config.epochs:
+                self.train_epoch(bar)
+                self.validate_epoch()
+                self.save_checkpoint()
+        summary = self.finish()
+        if self.debug is not None:
+            summary["debug_passed"] = self.debug.verdict()
+        return summary
+
+    def train_epoch(self, bar: "tqdm[Any]") -> None:
+        """One pass over the training set, in whole global batches; the order differs in every epoch."""
+        # Dropout and the like: by (seed, epoch, rank), so a resumed run draws what it would have drawn.
+        _seed_all(self.config.seed, self.progress.epoch, self.accelerator.process_index)
+        self.ddp.train()
+        meter = Meter(self.accelerator)
+        pieces = self.steps_per_epoch * self.config.accumulate
+        for piece, batch in zip(range(1, pieces + 1), self.loader.epoch(self.progress.epoch), strict=False):
+            meter.add(self.train_step(batch), batch)
+            bar.update(batch.batch_size)
+            if piece % self.config.accumulate:
+                continue
+            self.progress.step += 1
+            if self.progress.step % self.config.log_every == 0 or piece == pieces:
+                self.log_train(meter, bar)
+        self.progress.epoch += 1
+        average_buffers(self.model, self.accelerator)
+        if self.ema is not None:
+            average_buffers(self.ema.module, self.accelerator)
+
+    def train_step(self, batch: Batch) -> tuple[LossParts, Tensor]:
+        """Forward, loss, backward and, at the end of a global batch, the optimizer's step."""
+        images = self.data.normalize(batch.images)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.accumulate(self.ddp):
+            output = self.ddp(images)
+            parts = self.objective(
+                output.logits,
+                output.features,
+                batch.targets,
+                batch.images,
+                channel_offset=output.channel_offset,
+                batch_size=batch.batch_size,
+            )
+            self.accelerator.backward(parts.total)
+            if self.debug is not None:
+                self.debug.after_backward(images, output, parts)
+            if self.accelerator.sync_gradients and self.config.clip_norm is not None:
+                self.accelerator.clip_grad_norm_(self.ddp.parameters(), self.config.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            if self.ema is not None and self.accelerator.sync_gradients:
+                self.ema.update_parameters(self.model)
+        right = (output.logits.detach().argmax(1) == batch.targets).sum()
+        return LossParts(*(part.detach() for part in parts)), right
+
+    def log_train(self, meter: "Meter", bar: "tqdm[Any]") -> None:
+        """One line of metrics, averaged since the last; the only place of the loop that waits for the device."""
+        figures = meter.read()
+        self.progress.images += figures.pop("images")
+        self.progress.seconds += figures.pop("seconds")
+        if not math.isfinite(figures["loss"]):
+            raise FloatingPointError(
+                f"the loss is not finite around step {self.progress.step}: lower --lr or --weight, or set --clip-norm"
+            )
+        self._log({"split": "train", "lr": self.scheduler.get_last_lr()[0], **figures})
+        bar.set_description(f"epoch {self.progress.epoch + 1}/{self.config.epochs}")
+        shown = {"loss": "loss", "ce": "loss_class", "cam": "loss_cam"}
+        bar.set_postfix({label: f"{figures[name]:.4f}" for label, name in shown.items()})
+
+    def validate_epoch(self) -> None:
+        """Evaluate on the validation set and remember the best epoch."""
+        result = self.evaluate("valid")
+        if result.accuracy > self.progress.best_accuracy:
+            self.progress.best_accuracy, self.progress.best_epoch = result.accuracy, self.progress.epoch
+        self._log({"split": "valid", **result.figures()})
+        if self.accelerator.is_main_process:
+            rate = self.progress.images / max(self.progress.seconds, 1e-9)
+            tqdm.write(
+                f"epoch {self.progress.epoch}/{self.config.epochs}: validation accuracy {result.accuracy:.2f} %, "
+                f"loss {result.loss:.4f}, CAM L1 {result.cam_l1:.4f}, CAM SSIM {result.cam_ssim:.3f}, "
+                f"class CAM SSIM {result.class_cam_ssim:.3f} ({rate:,.0f} images/s)"
+            )
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Evaluate the weights that count (the moving average, where there is one) on `valid` or `test`."""
+        model = self._weights_that_count()
+        loader = self._loader(getattr(self.data, split), EVALUATION_BATCH)
+        prototypes = self.prototypes["valid"].to(self.accelerator.device)
+        return evaluate(model, loader, self.data, prototypes, autocast=self.accelerator.autocast)
+
+    def finish(self) -> dict[str, Any]:
+        """Final figures and files."""
+        test = self.evaluate("test")
+        model = self._weights_that_count()
+        last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        best = test
+        if self.progress.best_epoch != self.progress.epoch:
+            state = load_checkpoint(self.checkpoints / _checkpoint_name(self.progress.best_epoch))
+            model.load_state_dict(state["ema" if self.ema is not None else "model"])
+            best = self.evaluate("test")
+            model.load_state_dict(last)
+        config, progress = self.config, self.progress
+        summary = {
+            "model": config.model,
+            "dataset": config.dataset,
+            "objective": config.objective,
+            "weight": config.weight,
+            "image_size": self.data.image_size,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "world_size": self.accelerator.num_processes,
+            "params": self.parameters,
+            "gflops": self.gflops,
+            "test_accuracy": test.accuracy,
+            "best_test_accuracy": best.accuracy,
+            "best_epoch": progress.best_epoch,
+            "best_valid_accuracy": progress.best_accuracy,
+            "validated_on": "test" if self.data.valid is self.data.test else "held-out training images",
+            "test_loss": test.loss,
+            "cam_l1": test.cam_l1,
+            "cam_ssim": test.cam_ssim,
+            "class_cam_ssim": test.class_cam_ssim,
+            "images_per_second": progress.images / max(progress.seconds, 1e-9),
+            "train_seconds": progress.seconds,
+            "device": describe(self.accelerator),
+            "torch": torch.__version__,
+        }
+        if self.accelerator.is_main_process:
+            self._write_results(model, test, summary)
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _write_results(self, model: CAMModel, test: Evaluation, summary: dict[str, Any]) -> None:
+        data = self.data
+        metadata = {
+            "model": self.config.model,
+            "classes": list(data.classes),
+            "channels": data.channels,
+            "image_size": data.image_size,
+            "mean": list(data.mean),
+            "std": list(data.std),
+        }
+        save_model(self.run_dir / "model.safetensors", model, metadata)
+        title = f"{data.name} test set, {self.config.model}, {self.config.objective}: {test.accuracy:.2f} % right"
+        prototypes = self.prototypes["valid"].cpu()
+        save_class_maps(self.run_dir / "class_maps.png", prototypes, test.class_maps, data.classes, title)
+        write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+        assert self.metrics is not None
+        assert self.tracker is not None
+        self.metrics.close()
+        self.tracker.finish(summary)
+
+    # Checkpoints -------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Save everything that the next epoch depends on; keep the newest few and the best."""
+        if self.accelerator.is_main_process:
+            state = {
+                "config": json.loads(json.dumps(self._resolved_config().model_dump(mode="json"))),
+                "progress": asdict(self.progress),
+                "model": self.model.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "ema_updates": None if self.ema is None else self.ema.n_averaged,
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            }
+            save_checkpoint(self.checkpoints, _checkpoint_name(self.progress.epoch), state)
+            self._prune_checkpoints()
+        self.accelerator.wait_for_everyone()
+
+    def _prune_checkpoints(self) -> None:
+        saved = sorted(self.checkpoints.glob(_CHECKPOINT_PATTERN))
+        keep = {path.name for path in saved[-self.config.keep_checkpoints :]}
+        keep.add(_checkpoint_name(self.progress.best_epoch))
+        for path in saved:
+            if path.name not in keep:
+                shutil.rmtree(path)
+
+    def _resume(self) -> None:
+        """Take up the newest checkpoint that is intact; the main process chooses, all follow."""
+        chosen: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                chosen = [self._newest_intact_checkpoint()]
+            except InputError as error:
+                chosen = [error]
+        broadcast_from_main(chosen)
+        if isinstance(chosen[0], InputError):
+            raise chosen[0]
+        if chosen[0] is None:
+            return
+        state = load_checkpoint(chosen[0])
+        self.progress = Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.copy_(state["ema_updates"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _newest_intact_checkpoint(self) -> Path | None:
+        for path in sorted(self.checkpoints.glob(_CHECKPOINT_PATTERN), reverse=True):
+            try:
+                state = load_checkpoint(path)
+            except InputError as error:
+                print(f"batchcam: {error}; trying the one before", flush=True)
+                continue
+            _check_same_run(self._resolved_config(), state["config"], self.run_dir)
+            print(f"batchcam: resuming from {path}", flush=True)
+            return path
+        print(f"batchcam: no checkpoint in {self.run_dir} yet: starting from the beginning", flush=True)
+        return None
+
+    # Small things ------------------------------------------------------------------------------------
+
+    def _loader(self, images: ImageSet, batch_size: int, *, shuffle: bool = False) -> Loader:
+        accelerator = self.accelerator
+        return Loader(
+            images,
+            batch_size,
+            accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            seed=self.config.seed,
+            workers=self.config.workers,
+        )
+
+    def _weights_that_count(self) -> CAMModel:
+        return self.model if self.ema is None else cast(CAMModel, self.ema.module)
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if self.metrics is None or self.tracker is None:
+            return
+        epoch = self.progress.epoch + (metrics["split"] == "train")
+        line = {"step": self.progress.step, "epoch": epoch, **metrics}
+        self.metrics.log({**line, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        prefix = metrics["split"]
+        named = {f"{prefix}/{key}": value for key, value in metrics.items() if key != "split"}
+        self.tracker.log({"epoch": epoch, **named}, self.progress.step)
+
+    def _progress_bar(self) -> "tqdm[Any]":
+        return tqdm(
+            total=self.steps_per_epoch * self.config.batch_size * self.config.epochs,
+            initial=self.progress.images,
+            unit=" images",
+            unit_scale=True,
+            # None: quiet where there is no terminal.
+            disable=None if self.accelerator.is_main_process else True,
+            dynamic_ncols=True,
+        )
+
+
+class Meter:
+    """Averages loss parts on the device; reading it is one all-reduce and one wait for the device."""
+
+    def __init__(self, accelerator: "Accelerator") -> None:
+        self._accelerator = accelerator
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(4, device=self._accelerator.device)
+        self._pieces = 0
+        self._images = 0
+        self._since = time.perf_counter()
+
+    def add(self, step: tuple[LossParts, Tensor], batch: Batch) -> None:
+        """Add what a training step returned."""
+        parts, right = step
+        self._sums += torch.stack([*parts, right.to(parts.total.dtype)])
+        self._pieces += 1
+        self._images += batch.batch_size
+
+    def read(self) -> dict[str, Any]:
+        """Averages since the last reading, over all ranks, and the rate."""
+        # The parts are scaled for an average over ranks; the count of right predictions adds up.
+        total, classification, cam, right = self._accelerator.reduce(self._sums, "sum").tolist()
+        shares = self._pieces * self._accelerator.num_processes
+        seconds = time.perf_counter() - self._since
+        figures = {
+            "loss": total / shares,
+            "loss_class": classification / shares,
+            "loss_cam": cam / shares,
+            "accuracy": 100 * right / self._images,
+            "images_per_second": self._images / seconds,
+            "images": self._images,
+            "seconds": seconds,
+        }
+        self._reset()
+        return figures
+
+
+_CHECKPOINT_PATTERN = "epoch_*"
+
+
+def _checkpoint_name(epoch: int) -> str:
+    return f"epoch_{epoch:05d}"
+
+
+def _seed_all(*parts: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+
+
+def _make_prototypes(config: RunConfig, data: Data) -> dict[str, Tensor]:
+    """Prototypes (C, h, w) of the training and validation sets; the user's own serve both."""
+    if config.prototypes is not None:
+        own = load_prototypes(config.prototypes, data.classes, data.image_size)
+        return {"train": own, "valid": own.clone()}
+    return {
+        "train": dataset_prototypes(data.train, data.num_classes, classes=data.classes),
+        "valid": dataset_prototypes(data.valid, data.num_classes, classes=data.classes),
+    }
+
+
+def _check_batch(config: RunConfig, images: int, processes: int) -> None:
+    if config.batch_size > images:
+        raise InputError(f"--batch-size {config.batch_size} is larger than the training set of {images:,} images")
+    if config.batch_size // config.accumulate < processes:
+        raise InputError(
+            f"--batch-size {config.batch_size} in {config.accumulate} pieces leaves nothing for some of "
+            f"{processes} processes: it is the global batch, raise it"
+        )
+
+
+def _choose_run_dir(config: RunConfig, accelerator: "Accelerator") -> tuple[Path, bool]:
+    """The run directory, not yet made, and whether it holds a run to continue; the main process decides for all."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [_inspect_run_dir(config)]
+        except InputError as error:
+            outcome = [error]
+    broadcast_from_main(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    chosen: tuple[Path, bool] = outcome[0]
+    return chosen
+
+
+def _inspect_run_dir(config: RunConfig) -> tuple[Path, bool]:
+    if config.out is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        name = f"{config.dataset}-{config.model}-{config.objective}-seed{config.seed}"
+        return Path("runs") / f"{name}-{stamp}-{os.getpid()}", False
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
+    if (out / "config.yaml").exists():
+        if config.resume == "auto":
+            return out, True
+        raise InputError(f"--out {out} holds another run: choose another folder, or continue it with --resume auto")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out} is not empty and holds no run: choose another folder")
+    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--out {out} cannot be made: {existing} is not a writable folder")
+    return out, False
+
+
+def _check_same_run(config: RunConfig, saved: dict[str, Any], run_dir: Path) -> None:
+    ours = config.model_dump(mode="json")
+    for name in ours.keys() - FREE_ON_RESUME:
+        if name in saved and saved[name] != ours[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} {ours[name]} differs from {saved[name]} of the run in {run_dir}: "
+                "resume with the same options, or start anew with another --out"
+            )

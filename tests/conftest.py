@@ -1,0 +1,17 @@
+"""What every test may ask for: a device, and the same random numbers each time."""
+
+import pytest
+import torch
+
+requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=requires_cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The test runs on the CPU, and on a GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,441 @@
+"""The losses and the objectives: values against loops, gradients against finite differences."""
+
+from collections.abc import Callable
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import TinyNet, sample_batch
+from torch import Tensor
+from torch.testing import assert_close
+
+from distributed_batchcam import BatchCAMLoss, ContrastiveCAMLoss, PrototypeLoss
+from distributed_batchcam.objectives import OBJECTIVES, CAMLossOptions, Objective
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+DISTANCE_NAMES = ["l1", "l2", "ssim"]
+REDUCTIONS = ["factored", "sums", "local"]
+ODD_EXPONENTS = (2.0, 0.5, 1.5)
+
+
+def test_the_names_of_the_objectives_are_a_contract() -> None:
+    assert set(OBJECTIVES) == {
+        *("baseline", "pl_l1", "pl_l2", "pl_ssim", "bcpl_l1", "bcpl_l2", "bcpl_ssim", "contrastive")
+    }
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["pool", "flat"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_is_that_of_loops(name: str, in_chans: int, head: str, device: torch.device) -> None:
+    model = TinyNet(in_chans=in_chans, head=head).double()
+    images, targets, prototypes = sample_batch(in_chans=in_chans)
+    cam = oracles.cam_part(name, model, images, targets, prototypes)
+    classification = oracles.cross_entropy(model(images)[0], targets)
+    assert (cam > 0.01) == (name != "baseline")
+
+    objective = Objective(name, prototypes, weight=0.7, class_weight=0.9).to(device)
+    logits, features = model.to(device)(images.to(device))
+    parts = objective(logits, features, targets.to(device), images.to(device))
+    for found, expected in zip(parts, (0.9 * classification + 0.7 * cam, classification, cam), strict=True):
+        assert_close(found.item(), expected, **EXACT)
+
+
+@pytest.mark.parametrize("direction", ["cam", "prototypes"])
+@pytest.mark.parametrize("cam_class", ["predicted", "target"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "pl_" in name])
+def test_options_of_prototype_objectives(name: str, cam_class: str, direction: str) -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    expected = oracles.cam_part(
+        name,
+        model,
+        images,
+        targets,
+        prototypes,
+        cam_class=cam_class,
+        direction=direction,
+        exponents=ODD_EXPONENTS,
+    )
+    options = CAMLossOptions(cam_class=cam_class, resize=direction, ssim_exponents=ODD_EXPONENTS)
+    parts = Objective(name, prototypes, options=options)(*model(images), targets, images)
+    assert_close(parts.cam.item(), expected, **EXACT)
+
+
+@pytest.mark.parametrize("margin", [0.5, 2.0, 10.0])
+def test_margin_of_the_contrastive_objective(margin: float) -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    right = model(images)[0].argmax(1) == targets
+    assert right.any(), "no right prediction to pull"
+    assert not right.all(), "no wrong prediction to push"
+    expected = oracles.cam_part("contrastive", model, images, targets, prototypes, margin=margin)
+    parts = Objective("contrastive", prototypes, options=CAMLossOptions(margin=margin))(
+        *model(images), targets, images
+    )
+    assert_close(parts.cam.item(), expected, **EXACT)
+
+
+def test_options_change_what_they_say_they_change() -> None:
+    """Otherwise the comparisons above could pass with options that nobody reads."""
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+
+    def value(name: str, **options: object) -> float:
+        objective = Objective(name, prototypes, options=CAMLossOptions(**options))
+        return objective(*model(images), targets, images).cam.item()
+
+    assert value("pl_l1", cam_class="target") != pytest.approx(value("pl_l1"))
+    assert value("bcpl_l1", resize="prototypes") != pytest.approx(value("bcpl_l1"))
+    assert value("bcpl_ssim", ssim_exponents=ODD_EXPONENTS) != pytest.approx(value("bcpl_ssim"))
+    assert value("contrastive", margin=9.0) != pytest.approx(value("contrastive"))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("distance", DISTANCE_NAMES)
+def test_every_reduction_is_the_same_on_one_process(distance: str, reduction: str) -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+
+    def run(reduction: str) -> list[Tensor]:
+        loss = BatchCAMLoss(prototypes, distance, reduction)(*model(images), targets)
+        return [loss, *torch.autograd.grad(loss, [*model.backbone.parameters(), model.fc1.weight])]
+
+    for found, expected in zip(run(reduction), run("local"), strict=True):
+        assert expected.any()
+        assert_close(found, expected, **EXACT)
+
+
+def test_class_loss_is_summed_and_image_loss_averaged() -> None:
+    """Twice the same batch: the sum over present classes and the mean over images both stay."""
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    twice_images, twice_targets = images.repeat(2, 1, 1, 1), targets.repeat(2)
+    for loss in (BatchCAMLoss(prototypes), PrototypeLoss(prototypes)):
+        once = loss(*model(images), targets)
+        assert_close(loss(*model(twice_images), twice_targets), once, **EXACT)
+    # Prototypes of nothing but ones at a batch without a CAM: each present class costs 1.
+    features = torch.rand(4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    logits = -features.mean((2, 3))
+    ones = torch.ones(3, 4, 4, dtype=torch.float64)
+    targets = torch.tensor([0, 2, 2, 2])
+    assert BatchCAMLoss(ones)(logits, features, targets).item() == 2
+    assert PrototypeLoss(ones)(logits, features, targets).item() == 1
+
+
+def test_three_lines_in_a_loop_of_one_s_own_are_the_objective() -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    logits, features = model(images)
+    batch_cam = BatchCAMLoss(prototypes)
+    loss = F.cross_entropy(logits, targets) + 0.1 * batch_cam(logits, features, targets)
+    assert_close(Objective("bcpl_l1", prototypes)(logits, features, targets, images).total, loss, **EXACT)
+
+
+def test_label_smoothing_is_that_of_the_cross_entropy() -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    logits, features = model(images)
+    parts = Objective("baseline", prototypes, label_smoothing=0.1)(logits, features, targets, images)
+    assert_close(parts.total, F.cross_entropy(logits, targets, label_smoothing=0.1), **EXACT)
+
+
+# --- absent classes and other edges ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("distance", DISTANCE_NAMES)
+def test_absent_class_adds_nothing(distance: str, reduction: str) -> None:
+    """Classes 3 and 4 have no sample: whatever their prototypes, and with or without them."""
+    model, (images, _, prototypes) = TinyNet().double(), sample_batch()
+    targets = torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    other = prototypes.clone()
+    other[3:] = torch.rand_like(other[3:])
+    weights = [*model.backbone.parameters(), model.fc1.weight, model.fc2.weight]
+
+    def run(prototypes: Tensor) -> list[Tensor]:
+        logits, features = model(images)
+        loss = BatchCAMLoss(prototypes, distance, reduction)(
+            logits[:, : len(prototypes)], features, targets
+        )
+        return [loss, *torch.autograd.grad(loss, weights)]
+
+    found, with_others, without = run(prototypes), run(other), run(prototypes[:3])
+    assert found[0] > 0
+    for a, b, c in zip(found, with_others, without, strict=True):
+        assert torch.equal(a, b)
+        assert_close(a, c, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_batch_of_one(name: str) -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    expected = oracles.cam_part(name, model, images[:1], targets[:1], prototypes)
+    parts = Objective(name, prototypes)(*model(images[:1]), targets[:1], images[:1])
+    assert_close(parts.cam.item(), expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_batch_of_one_class_only(name: str) -> None:
+    model, (images, _, prototypes) = TinyNet().double(), sample_batch()
+    targets = torch.full((7,), 3)
+    expected = oracles.cam_part(name, model, images, targets, prototypes)
+    parts = Objective(name, prototypes)(*model(images), targets, images)
+    assert_close(parts.cam.item(), expected, **EXACT)
+
+
+@pytest.mark.parametrize("resize", ["cam", "prototypes"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["dead", "constant", "one by one"])
+def test_constant_maps_leave_values_and_gradients_finite(name: str, kind: str, resize: str) -> None:
+    size = 1 if kind == "one by one" else 4
+    features = torch.full((3, 2, size, size), 0.5, dtype=torch.float64, requires_grad=True)
+    weight = torch.full((5, 2), -1.0 if kind == "dead" else 1.0, dtype=torch.float64, requires_grad=True)
+    hidden = torch.tanh(features.mean((2, 3)))
+    images, _, prototypes = sample_batch(samples=3)
+    prototypes[0] = 0
+    parts = Objective(name, prototypes, options=CAMLossOptions(resize=resize))(
+        hidden @ weight.T, features, torch.tensor([0, 1, 2]), images
+    )
+    parts.total.backward()
+    assert parts.total.isfinite()
+    assert features.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+def test_contrastive_is_flat_where_map_and_image_coincide() -> None:
+    """Right predictions pull to D = 0 and stay; wrong ones at D = 0 cost the margin, without NaN."""
+    for target, value in ((0, 0.0), (1, 4.0)):
+        features = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+        features = ((features - features.min()) / (features.max() - features.min())).requires_grad_()
+        logits = torch.cat([features.mean((2, 3)), -features.mean((2, 3))], 1)
+        loss = ContrastiveCAMLoss(2.0)(logits, features, torch.tensor([target]), features.detach())
+        loss.backward()
+        assert_close(loss.item(), value, **EXACT)
+        assert features.grad.isfinite().all()
+
+
+def test_contrastive_leaves_wrong_predictions_beyond_the_margin_alone() -> None:
+    model, (images, _, _) = TinyNet().double(), sample_batch()
+    logits, features = model(images)
+    wrong = (logits.argmax(1) + 1) % 5
+    loss = ContrastiveCAMLoss(0.01)(logits, features, wrong, images)
+    assert loss.item() == 0
+    loss.backward()
+    assert not any(weight.grad.any() for weight in model.backbone.parameters())
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+HeadInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def head_inputs(kind: str) -> HeadInputs:
+    """Features (5, 3, 4, 4) and the parameters of a head of two layers, 4 classes."""
+    width = 3 if kind == "pool" else 12
+    shapes = [(5, 3, 4, 4), (6, width), (6,), (4, 6), (4,)]
+    features, *parameters = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    return (features.abs().requires_grad_(), *(parameter.requires_grad_() for parameter in parameters))
+
+
+def head(kind: str, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    if kind == "pool":
+        return F.linear(torch.tanh(F.linear(features.mean((2, 3)), w1, b1)), w2, b2)
+    return F.linear(F.linear(F.max_pool2d(features, 2).flatten(1), w1, b1).relu(), w2, b2)
+
+
+def gradient_is_right(kind: str, loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """By finite differences of loss(logits, features), in the features and in the head's parameters."""
+    inputs = head_inputs(kind)
+    grads = torch.autograd.grad(loss(head(kind, *inputs), inputs[0]), inputs, allow_unused=True)
+    assert grads[0].any(), "nothing to compare"
+    assert grads[1].any(), "nothing to compare"
+    return torch.autograd.gradcheck(lambda *inputs: loss(head(kind, *inputs), inputs[0]), inputs)
+
+
+TARGETS = torch.tensor([0, 1, 1, 3, 0])
+EXPONENTS = [(1.0, 1.0, 1.0), ODD_EXPONENTS]
+MEASURES = [("l1", EXPONENTS[0]), ("l2", EXPONENTS[0]), *(("ssim", exponents) for exponents in EXPONENTS)]
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+@pytest.mark.parametrize("cam_class", ["predicted", "target"])
+@pytest.mark.parametrize(("distance", "exponents"), MEASURES, ids=str)
+def test_gradient_of_the_prototype_loss(
+    distance: str, exponents: tuple[float, float, float], cam_class: str, kind: str
+) -> None:
+    prototypes = 0.1 + 0.8 * torch.rand(4, 5, 5, dtype=torch.float64)
+    loss = PrototypeLoss(prototypes, distance, cam_class, ssim_exponents=exponents)
+    assert gradient_is_right(kind, lambda logits, features: loss(logits, features, TARGETS))
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("distance", "exponents"), MEASURES, ids=str)
+def test_gradient_of_the_batch_cam_loss(
+    distance: str, exponents: tuple[float, float, float], reduction: str, kind: str
+) -> None:
+    prototypes = 0.1 + 0.8 * torch.rand(4, 5, 5, dtype=torch.float64)
+    loss = BatchCAMLoss(prototypes, distance, reduction, ssim_exponents=exponents)
+    assert gradient_is_right(kind, lambda logits, features: loss(logits, features, TARGETS))
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+@pytest.mark.parametrize("margin", [1.0, 3.0])
+def test_gradient_of_the_contrastive_loss(kind: str, margin: float) -> None:
+    images = torch.rand(5, 3, 6, 6, dtype=torch.float64)
+    loss = ContrastiveCAMLoss(margin)
+    assert gradient_is_right(kind, lambda logits, features: loss(logits, features, TARGETS, images))
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+@pytest.mark.parametrize("name", ["pl_l1", "bcpl_l1", "contrastive"])
+def test_channel_offset_gives_the_same_loss_and_gradients(name: str, kind: str) -> None:
+    model, (images, targets, prototypes) = TinyNet(head=kind).double(), sample_batch()
+    objective = Objective(name, prototypes)
+
+    def run(with_offset: bool) -> list[Tensor]:
+        features = model.backbone(images)
+        offset = features.new_zeros(features.shape[:2], requires_grad=True) if with_offset else None
+        parts = objective(model.head(features, offset), features, targets, images, channel_offset=offset)
+        return [parts.total, *torch.autograd.grad(parts.total, list(model.parameters()))]
+
+    for closed_form, general in zip(run(True), run(False), strict=True):
+        assert_close(closed_form, general, **EXACT)
+
+
+def test_loss_without_gradients_carries_no_graph() -> None:
+    """Validation: logits under gradients, for the maps; the loss under no_grad."""
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    logits, features = model(images)
+    for name in OBJECTIVES:
+        objective = Objective(name, prototypes)
+        with torch.no_grad():
+            parts = objective(logits, features, targets, images)
+        assert not parts.total.requires_grad
+        assert_close(parts, tuple(part.detach() for part in objective(logits, features, targets, images)))
+
+
+# --- precision, devices, state --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_under_autocast_parts_are_float32_and_train(name: str, device: torch.device) -> None:
+    model, (images, targets, prototypes) = TinyNet().to(device), sample_batch()
+    images, targets = images.float().to(device), targets.to(device)
+    objective = Objective(name, prototypes.float()).to(device)
+    expected = objective(*model(images), targets, images)
+    with torch.autocast(device.type, torch.bfloat16):
+        parts = objective(*model(images), targets, images)
+    parts.total.backward()
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert_close(parts.cam, expected.cam, rtol=0.1, atol=0)
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+    assert model.backbone[0].weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "expected"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_parts_are_float32_or_better(
+    name: str, given_dtype: torch.dtype, expected: torch.dtype, device: torch.device
+) -> None:
+    """Of a half-precision pair too: 257 is not a bfloat16, so a mean of 257 entropies cannot be either."""
+    images, targets, prototypes = (tensor.to(device) for tensor in sample_batch())
+    model = TinyNet().to(device, given_dtype)
+    objective = Objective(name, prototypes.float()).to(device)
+    parts = objective(*model(images.to(given_dtype)), targets, images)
+    assert {part.dtype for part in parts} == {expected}
+    parts.total.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_prototypes_move_with_the_loss_and_stay_out_of_checkpoints() -> None:
+    prototypes = torch.rand(5, 4, 4)
+    loss = BatchCAMLoss(prototypes)
+    assert loss.state_dict() == {}
+    assert loss.double().prototypes.dtype == torch.float64
+    prototypes.zero_()
+    assert loss.prototypes.any()
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+PROTOTYPES = torch.rand(5, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BatchCAMLoss(torch.rand(5, 1, 4, 4)), r"prototypes must have shape \(C, h, w\)"),
+        (lambda: BatchCAMLoss(torch.rand(0, 4, 4)), r"prototypes must have shape \(C, h, w\)"),
+        (lambda: PrototypeLoss(PROTOTYPES + 1), r"prototypes must lie in \[0, 1\]"),
+        (lambda: PrototypeLoss(PROTOTYPES * float("nan")), r"prototypes must lie in \[0, 1\] and be finite"),
+        (lambda: PrototypeLoss(PROTOTYPES.long()), "prototypes must be floating point, got torch.int64"),
+        (lambda: PrototypeLoss(PROTOTYPES, "l3"), "unknown distance 'l3'"),
+        (lambda: BatchCAMLoss(PROTOTYPES, "sim"), "unknown distance 'sim'; did you mean ssim"),
+        (lambda: BatchCAMLoss(PROTOTYPES, reduction="mean"), "reduction must be one of .*, got 'mean'"),
+        (lambda: BatchCAMLoss(PROTOTYPES, resize="both"), "resize must be one of cam, prototypes, got 'both'"),
+        (lambda: PrototypeLoss(PROTOTYPES, cam_class="true"), "cam_class must be one of predicted, target"),
+        (lambda: BatchCAMLoss(PROTOTYPES, ssim_exponents=(1, -1, 1)), "ssim_exponents must be three numbers ≥ 0"),
+        (lambda: BatchCAMLoss(PROTOTYPES, ssim_exponents=(1, 1)), "ssim_exponents must be three numbers"),
+        (lambda: ContrastiveCAMLoss(0), "margin must be a positive number, got 0"),
+        (lambda: ContrastiveCAMLoss(-1.0), "margin must be a positive number, got -1.0"),
+        (lambda: ContrastiveCAMLoss(float("nan")), "margin must be a positive number, got nan"),
+        (lambda: Objective("bcpl", PROTOTYPES), "unknown objective 'bcpl'; did you mean bcpl_l"),
+        (lambda: Objective("pl_l1", PROTOTYPES, weight=-1), "weights of the losses must not be negative, got -1"),
+        (lambda: Objective("pl_l1", PROTOTYPES, class_weight=-2), "must not be negative, got 0.1 and -2"),
+    ],
+)
+def test_bad_options_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+LOSSES = {
+    "PrototypeLoss": PrototypeLoss(PROTOTYPES),
+    "PrototypeLoss, target": PrototypeLoss(PROTOTYPES, cam_class="target"),
+    "BatchCAMLoss": BatchCAMLoss(PROTOTYPES),
+    "ContrastiveCAMLoss": ContrastiveCAMLoss(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1, 5]), "targets must lie in 0 … 4, got values from 0 to 5"),
+        (torch.tensor([0, 1, -1]), "targets must lie in 0 … 4, got values from -1 to 1"),
+        (torch.tensor([0.0, 1, 2]), "targets must be integers, got torch.float32"),
+        (torch.tensor([0, 1]), r"targets must have shape \(3,\), got \(2,\)"),
+    ],
+)
+def test_bad_targets_are_named(
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], targets: Tensor, message: str
+) -> None:
+    images = torch.rand(3, 1, 10, 10)
+    with pytest.raises(ValueError, match=message):
+        loss(*TinyNet()(images), targets, images)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_missing_graph_is_named(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    images, targets = torch.rand(3, 1, 10, 10), torch.tensor([0, 1, 2])
+    logits, features = TinyNet()(images)
+    with pytest.raises(ValueError, match="features are not in the autograd graph of the logits"):
+        loss(logits, features.clone(), targets, images)
+    with pytest.raises(ValueError, match="no autograd graph"):
+        loss(logits.detach(), features.detach(), targets, images)
+
+
+@pytest.mark.parametrize("loss", [PrototypeLoss(PROTOTYPES), BatchCAMLoss(PROTOTYPES)])
+def test_prototypes_of_another_number_of_classes_are_named(loss: PrototypeLoss | BatchCAMLoss) -> None:
+    images = torch.rand(3, 1, 10, 10)
+    with pytest.raises(ValueError, match=r"5 prototypes .* for logits of 6 classes"):
+        loss(*TinyNet(num_classes=6)(images), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 10), (2, 1, 10, 10)], ids=str)
+def test_images_of_a_wrong_shape_are_named(shape: tuple[int, ...]) -> None:
+    logits, features = TinyNet()(torch.rand(3, 1, 10, 10))
+    with pytest.raises(ValueError, match=r"images must have shape \(3, 1 or 3, h, w\)"):
+        ContrastiveCAMLoss()(logits, features, torch.tensor([0, 1, 2]), torch.rand(shape))
