@@ -82,7 +82,7 @@ def channel_weights(
             "logits and features carry no autograd graph: compute both with gradients enabled "
             "(not under torch.no_grad, torch.inference_mode or after detach)"
         )
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
         # retain_graph: the caller goes on to use these logits, for the loss or for another class.
         (gradient,) = torch.autograd.grad(
             logits.gather(1, classes.long()[:, None]).sum(),

@@ -1,7 +1,8 @@
 """Processes and devices: Accelerate started as the user meant it, or not at all."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -10,6 +11,8 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 
 def start_accelerator(config: RunConfig) -> "Accelerator":
@@ -68,11 +71,20 @@ def describe(accelerator: "Accelerator") -> str:
     return f"{count} processes on {name} ({torch.distributed.get_backend()})"
 
 
-def broadcast_from_main(values: list[Any]) -> None:
-    """Replace the list's items, on every rank, by those of the main process."""
+def decided_by_main(accelerator: "Accelerator", decide: Callable[[], T]) -> T:
+    """What the main process decides, on every rank; bad input that it meets is raised on every rank too."""
     from accelerate.utils import broadcast_object_list
 
-    broadcast_object_list(values)
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [decide()]
+        except InputError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return cast(T, outcome[0])
 
 
 def average_buffers(module: torch.nn.Module, accelerator: "Accelerator") -> None:

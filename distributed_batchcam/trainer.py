@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
-import shutil
-import time
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,17 +12,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint, save_checkpoint, save_model, save_prototypes, write_atomic
+from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
 from .config import RunConfig
 from .data import Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
 from .errors import InputError
 from .evaluation import Evaluation, evaluate
+from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
 from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
 from .report.figures import save_class_maps
-from .runtime import average_buffers, broadcast_from_main, describe, start_accelerator
+from .run_directory import RunDirectory
+from .runtime import average_buffers, decided_by_main, describe, start_accelerator
 from .tracking import MetricsFile, SafeTracker
 
 if TYPE_CHECKING:
@@ -33,12 +32,6 @@ if TYPE_CHECKING:
 
 EVALUATION_BATCH = 512
 DEBUG_SAMPLES = 512
-
-# What may differ between a run and its continuation without changing what is computed.
-FREE_ON_RESUME = {
-    *("out", "resume", "data_root", "cache_images", "workers", "device", "precision", "compile", "channels_last"),
-    *("keep_checkpoints", "log_every", "tracker"),
-}
 
 
 @dataclass
@@ -65,7 +58,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     accelerator = start_accelerator(config)
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
-    run_dir, resumed = _choose_run_dir(config, accelerator)
+    run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
     if config.debug:
         torch.use_deterministic_algorithms(True)
         torch.autograd.set_detect_anomaly(True)
@@ -80,7 +73,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         )
         _check_batch(config, len(data.train), accelerator.num_processes)
         trainer = Trainer(config, accelerator, data, run_dir)
-        trainer.open_run(resumed)
+        trainer.open_run()
         return trainer.fit()
     finally:
         torch.autograd.set_detect_anomaly(False)
@@ -90,7 +83,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 class Trainer:
     """One run: model, data, objective, and where they stand."""
 
-    def __init__(self, config: RunConfig, accelerator: "Accelerator", data: Data, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, accelerator: "Accelerator", data: Data, run_dir: RunDirectory) -> None:
         self.config = config
         self.accelerator = accelerator
         self.data = data
@@ -136,24 +129,27 @@ class Trainer:
                 config.cam_class, config.reduction, config.resize, config.ssim_exponents, config.margin
             ),
         ).to(device)
-        self.ddp, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
+        with warnings.catch_warnings():
+            # Newer torch renames the option that `start_accelerator` sets; Accelerate does not know the new name yet.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            self.ddp, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
         self.debug = DebugMonitor(model) if config.debug else None
 
     # Run directory -----------------------------------------------------------------------------------
 
-    def open_run(self, resumed: bool) -> None:
+    def open_run(self) -> None:
         """Create the run directory, or take up the newest intact checkpoint of an existing one."""
-        self.checkpoints = self.run_dir / "checkpoints"
+        path, resumed = self.run_dir.path, self.run_dir.resumed
         if resumed:
             self._resume()
         self.metrics: MetricsFile | None = None
         self.tracker: SafeTracker | None = None
         if self.accelerator.is_main_process:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.run_dir / "config.yaml", self._resolved_config().to_yaml().encode())
-            save_prototypes(self.run_dir / "prototypes.safetensors", self.prototypes)
-            self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.progress.step if resumed else None)
-            self.tracker = SafeTracker(self.config, self.run_dir)
+            self.run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "config.yaml", self._resolved_config().to_yaml().encode())
+            save_prototypes(path / "prototypes.safetensors", self.prototypes)
+            self.metrics = MetricsFile(path / "metrics.jsonl", self.progress.step if resumed else None)
+            self.tracker = SafeTracker(self.config, path)
             print(self._headline(), flush=True)
         self.accelerator.wait_for_everyone()
 
@@ -165,18 +161,14 @@ class Trainer:
             f"batchcam: {config.model} ({self.parameters:,} parameters, {self.gflops:.4f} GFLOPs) with "
             f"{config.objective}{weight} on {data.name}: {len(data.train):,} images of {data.channels}×"
             f"{data.image_size}×{data.image_size} to train, {validation} to validate, {len(data.test):,} to test\n"
-            f"batchcam: run directory {self.run_dir}"
+            f"batchcam: run directory {self.run_dir.path}"
         )
 
     def _resolved_config(self) -> RunConfig:
-        """The configuration with the defaults that depend on the data filled in."""
-        held_out = 0 if self.data.valid is self.data.test else self.config.valid_size
-        if held_out is None:
-            held_out = len(self.data.valid)
+        """The configuration with the defaults that depend on other choices filled in."""
         found = {
             "data_root": self.data.data_root,
             "image_size": self.data.image_size,
-            "valid_size": self.config.valid_size if self.config.debug else held_out,
             "warmup": self.config.warmup_share,
         }
         return self.config.model_copy(update=found)
@@ -243,7 +235,7 @@ class Trainer:
         right = (output.logits.detach().argmax(1) == batch.targets).sum()
         return LossParts(*(part.detach() for part in parts)), right
 
-    def log_train(self, meter: "Meter", bar: "tqdm[Any]") -> None:
+    def log_train(self, meter: Meter, bar: "tqdm[Any]") -> None:
         """One line of metrics, averaged since the last; the only place of the loop that waits for the device."""
         figures = meter.read()
         self.progress.images += figures.pop("images")
@@ -285,7 +277,7 @@ class Trainer:
         last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         best = test
         if self.progress.best_epoch != self.progress.epoch:
-            state = load_checkpoint(self.checkpoints / _checkpoint_name(self.progress.best_epoch))
+            state = load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
             model.load_state_dict(state["ema" if self.ema is not None else "model"])
             best = self.evaluate("test")
             model.load_state_dict(last)
@@ -330,11 +322,12 @@ class Trainer:
             "mean": list(data.mean),
             "std": list(data.std),
         }
-        save_model(self.run_dir / "model.safetensors", model, metadata)
+        path = self.run_dir.path
+        save_model(path / "model.safetensors", model, metadata)
         title = f"{data.name} test set, {self.config.model}, {self.config.objective}: {test.accuracy:.2f} % right"
         prototypes = self.prototypes["valid"].cpu()
-        save_class_maps(self.run_dir / "class_maps.png", prototypes, test.class_maps, data.classes, title)
-        write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+        save_class_maps(path / "class_maps.png", prototypes, test.class_maps, data.classes, title)
+        write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
         assert self.metrics is not None
         assert self.tracker is not None
         self.metrics.close()
@@ -346,7 +339,7 @@ class Trainer:
         """Save everything that the next epoch depends on; keep the newest few and the best."""
         if self.accelerator.is_main_process:
             state = {
-                "config": json.loads(json.dumps(self._resolved_config().model_dump(mode="json"))),
+                "config": self._resolved_config().model_dump(mode="json"),
                 "progress": asdict(self.progress),
                 "model": self.model.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -355,32 +348,21 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             }
-            save_checkpoint(self.checkpoints, _checkpoint_name(self.progress.epoch), state)
-            self._prune_checkpoints()
+            self.run_dir.save_checkpoint(
+                self.progress.epoch,
+                state,
+                best_epoch=self.progress.best_epoch,
+                newest=self.config.keep_checkpoints,
+            )
         self.accelerator.wait_for_everyone()
-
-    def _prune_checkpoints(self) -> None:
-        saved = sorted(self.checkpoints.glob(_CHECKPOINT_PATTERN))
-        keep = {path.name for path in saved[-self.config.keep_checkpoints :]}
-        keep.add(_checkpoint_name(self.progress.best_epoch))
-        for path in saved:
-            if path.name not in keep:
-                shutil.rmtree(path)
 
     def _resume(self) -> None:
         """Take up the newest checkpoint that is intact; the main process chooses, all follow."""
-        chosen: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                chosen = [self._newest_intact_checkpoint()]
-            except InputError as error:
-                chosen = [error]
-        broadcast_from_main(chosen)
-        if isinstance(chosen[0], InputError):
-            raise chosen[0]
-        if chosen[0] is None:
+        config = self._resolved_config()
+        chosen = decided_by_main(self.accelerator, lambda: self.run_dir.newest_intact_checkpoint(config))
+        if chosen is None:
             return
-        state = load_checkpoint(chosen[0])
+        state = load_checkpoint(chosen)
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -390,19 +372,6 @@ class Trainer:
             self.ema.n_averaged.copy_(state["ema_updates"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _newest_intact_checkpoint(self) -> Path | None:
-        for path in sorted(self.checkpoints.glob(_CHECKPOINT_PATTERN), reverse=True):
-            try:
-                state = load_checkpoint(path)
-            except InputError as error:
-                print(f"batchcam: {error}; trying the one before", flush=True)
-                continue
-            _check_same_run(self._resolved_config(), state["config"], self.run_dir)
-            print(f"batchcam: resuming from {path}", flush=True)
-            return path
-        print(f"batchcam: no checkpoint in {self.run_dir} yet: starting from the beginning", flush=True)
-        return None
 
     # Small things ------------------------------------------------------------------------------------
 
@@ -445,52 +414,6 @@ class Trainer:
         )
 
 
-class Meter:
-    """Averages loss parts on the device; reading it is one all-reduce and one wait for the device."""
-
-    def __init__(self, accelerator: "Accelerator") -> None:
-        self._accelerator = accelerator
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums = torch.zeros(4, device=self._accelerator.device)
-        self._pieces = 0
-        self._images = 0
-        self._since = time.perf_counter()
-
-    def add(self, step: tuple[LossParts, Tensor], batch: Batch) -> None:
-        """Add what a training step returned."""
-        parts, right = step
-        self._sums += torch.stack([*parts, right.to(parts.total.dtype)])
-        self._pieces += 1
-        self._images += batch.batch_size
-
-    def read(self) -> dict[str, Any]:
-        """Averages since the last reading, over all ranks, and the rate."""
-        # The parts are scaled for an average over ranks; the count of right predictions adds up.
-        total, classification, cam, right = self._accelerator.reduce(self._sums, "sum").tolist()
-        shares = self._pieces * self._accelerator.num_processes
-        seconds = time.perf_counter() - self._since
-        figures = {
-            "loss": total / shares,
-            "loss_class": classification / shares,
-            "loss_cam": cam / shares,
-            "accuracy": 100 * right / self._images,
-            "images_per_second": self._images / seconds,
-            "images": self._images,
-            "seconds": seconds,
-        }
-        self._reset()
-        return figures
-
-
-_CHECKPOINT_PATTERN = "epoch_*"
-
-
-def _checkpoint_name(epoch: int) -> str:
-    return f"epoch_{epoch:05d}"
-
-
 def _seed_all(*parts: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
 
@@ -501,8 +424,8 @@ def _make_prototypes(config: RunConfig, data: Data) -> dict[str, Tensor]:
         own = load_prototypes(config.prototypes, data.classes, data.image_size)
         return {"train": own, "valid": own.clone()}
     return {
-        "train": dataset_prototypes(data.train, data.num_classes, classes=data.classes),
-        "valid": dataset_prototypes(data.valid, data.num_classes, classes=data.classes),
+        split: dataset_prototypes(images, data.num_classes, classes=data.classes, workers=config.workers)
+        for split, images in (("train", data.train), ("valid", data.valid))
     }
 
 
@@ -514,48 +437,3 @@ def _check_batch(config: RunConfig, images: int, processes: int) -> None:
             f"--batch-size {config.batch_size} in {config.accumulate} pieces leaves nothing for some of "
             f"{processes} processes: it is the global batch, raise it"
         )
-
-
-def _choose_run_dir(config: RunConfig, accelerator: "Accelerator") -> tuple[Path, bool]:
-    """The run directory, not yet made, and whether it holds a run to continue; the main process decides for all."""
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [_inspect_run_dir(config)]
-        except InputError as error:
-            outcome = [error]
-    broadcast_from_main(outcome)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    chosen: tuple[Path, bool] = outcome[0]
-    return chosen
-
-
-def _inspect_run_dir(config: RunConfig) -> tuple[Path, bool]:
-    if config.out is None:
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        name = f"{config.dataset}-{config.model}-{config.objective}-seed{config.seed}"
-        return Path("runs") / f"{name}-{stamp}-{os.getpid()}", False
-    out = config.out
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a folder")
-    if (out / "config.yaml").exists():
-        if config.resume == "auto":
-            return out, True
-        raise InputError(f"--out {out} holds another run: choose another folder, or continue it with --resume auto")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out} is not empty and holds no run: choose another folder")
-    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--out {out} cannot be made: {existing} is not a writable folder")
-    return out, False
-
-
-def _check_same_run(config: RunConfig, saved: dict[str, Any], run_dir: Path) -> None:
-    ours = config.model_dump(mode="json")
-    for name in ours.keys() - FREE_ON_RESUME:
-        if name in saved and saved[name] != ours[name]:
-            raise InputError(
-                f"--{name.replace('_', '-')} {ours[name]} differs from {saved[name]} of the run in {run_dir}: "
-                "resume with the same options, or start anew with another --out"
-            )

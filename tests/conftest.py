@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# On tensors this small, threads cost far more than they give, most of all on a busy machine.
+torch.set_num_threads(1)
+
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 

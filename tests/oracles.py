@@ -95,9 +95,7 @@ def cam_of_one(gradient: Tensor, features: Tensor, normalize: bool = True) -> Te
     return torch.zeros_like(cam) if high == low else (cam - low) / (high - low)
 
 
-def grad_cams(
-    model: TinyNet, images: Tensor, classes: Tensor | None = None, normalize: bool = True
-) -> Tensor:
+def grad_cams(model: TinyNet, images: Tensor, classes: Tensor | None = None, normalize: bool = True) -> Tensor:
     """Grad-CAM image by image (Algorithm 1): (N, H, W)."""
     maps = []
     for i, image in enumerate(images):

@@ -148,9 +148,7 @@ def test_channel_offset_gives_the_same_weights_maps_and_gradients(
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1e-30, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constant_map_becomes_zeros_without_nan(
-    value: float, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_constant_map_becomes_zeros_without_nan(value: float, dtype: torch.dtype, device: torch.device) -> None:
     maps = torch.rand(3, 4, 4, dtype=dtype, device=device)
     maps[1] = value
     maps.requires_grad_()
@@ -222,9 +220,7 @@ def test_normalized_maps_span_zero_to_one_at_any_scale(values: list[float], log_
     ("given_dtype", "map_dtype"),
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
 )
-def test_maps_are_float32_or_better(
-    given_dtype: torch.dtype, map_dtype: torch.dtype, device: torch.device
-) -> None:
+def test_maps_are_float32_or_better(given_dtype: torch.dtype, map_dtype: torch.dtype, device: torch.device) -> None:
     images, targets, _ = sample_batch()
     expected = oracles.grad_cams(TinyNet(head="pool").double(), images, targets, normalize=False)
     model = TinyNet(head="pool").to(device, given_dtype)
@@ -288,13 +284,13 @@ def test_bad_shapes_and_types_are_named(logits: Tensor, features: Tensor, messag
 def test_missing_graph_is_named() -> None:
     with torch.no_grad():
         logits, features = TinyNet()(torch.rand(3, 1, 10, 10))
-    with pytest.raises(ValueError, match="no autograd graph.*torch.no_grad"):
+    with pytest.raises(ValueError, match=r"no autograd graph.*torch.no_grad"):
         grad_cam(logits, features)
 
 
 def test_detached_features_are_named() -> None:
     logits, features = TinyNet()(torch.rand(3, 1, 10, 10))
-    with pytest.raises(ValueError, match="no autograd graph.*detach"):
+    with pytest.raises(ValueError, match=r"no autograd graph.*detach"):
         grad_cam(logits, features.detach())
 
 

@@ -28,9 +28,7 @@ def test_class_maps_are_those_of_a_loop_over_classes(
     assert sum(bool(cam.any()) for cam in expected.values()) > 2, "too many empty maps to tell anything"
 
     logits, features = model.to(device)(images.to(device))
-    maps, counts = class_cams(
-        logits, features, targets.to(device), 5, reduction=reduction, normalize=normalize
-    )
+    maps, counts = class_cams(logits, features, targets.to(device), 5, reduction=reduction, normalize=normalize)
     assert counts.tolist() == torch.bincount(targets, minlength=5).tolist()
     for c in range(5):
         assert_close(maps[c].cpu(), expected.get(c, torch.zeros(5, 5, dtype=torch.float64)), **EXACT)
@@ -117,9 +115,7 @@ def test_sums_add_up_over_batches() -> None:
 
     def sums(part: slice) -> ClassSums:
         logits, features = model(images[part])
-        return local_class_sums(
-            channel_weights(logits, features, targets[part]), features, targets[part], 5
-        )
+        return local_class_sums(channel_weights(logits, features, targets[part]), features, targets[part], 5)
 
     parts = [sums(slice(0, 2)), sums(slice(2, 6)), sums(slice(6, 7))]
     total = ClassSums(*(sum(kind) for kind in zip(*parts, strict=True)))
@@ -160,9 +156,7 @@ def test_channel_offset_gives_the_same_maps_and_gradients(reduction: str, head: 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_maps_carry_a_graph_only_when_asked_for_and_counts_never(reduction: str, create_graph: bool) -> None:
     images, targets, _ = sample_batch()
-    cams = class_cams(
-        *TinyNet().double()(images), targets, 5, reduction=reduction, create_graph=create_graph
-    )
+    cams = class_cams(*TinyNet().double()(images), targets, 5, reduction=reduction, create_graph=create_graph)
     assert cams.maps.requires_grad == create_graph
     assert not cams.counts.requires_grad
 
@@ -173,9 +167,7 @@ def test_maps_are_float32_or_better(reduction: str, dtype: torch.dtype, device: 
     images, targets, _ = (tensor.to(device) for tensor in sample_batch())
     model = TinyNet(head="pool").to(device)
     expected = class_cams(*model.double()(images), targets, 5, normalize=False).maps
-    maps, _ = class_cams(
-        *model.to(dtype)(images.to(dtype)), targets, 5, reduction=reduction, normalize=False
-    )
+    maps, _ = class_cams(*model.to(dtype)(images.to(dtype)), targets, 5, reduction=reduction, normalize=False)
     assert maps.dtype == torch.float32
     tolerance = 20 * torch.finfo(dtype).eps * expected.max().item()
     assert_close(maps.double(), expected, rtol=0, atol=tolerance)

@@ -26,9 +26,7 @@ def two_maps(size: tuple[int, int], samples: int = 3) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", DISTANCES)
-def test_distance_is_that_of_a_loop_over_pixels(
-    name: str, size: tuple[int, int], device: torch.device
-) -> None:
+def test_distance_is_that_of_a_loop_over_pixels(name: str, size: tuple[int, int], device: torch.device) -> None:
     x, y = two_maps(size)
     expected = [oracles.distance(name, a, b) for a, b in zip(x, y, strict=True)]
     found = DISTANCES[name](x.to(device), y.to(device)).cpu()
@@ -78,22 +76,16 @@ def test_ssim_equals_pytorch_msssim(size: int) -> None:
     # Its own window is of float32.
     exact_window = torch.tensor(oracles.gaussian(window), dtype=torch.float64).view(1, 1, 1, -1)
     for win, tolerance in ((exact_window, 1e-12), (None, 1e-6)):
-        theirs = pytorch_msssim.ssim(
-            x[:, None], y[:, None], data_range=1, size_average=False, win_size=window, win=win
-        )
+        theirs = pytorch_msssim.ssim(x[:, None], y[:, None], data_range=1, size_average=False, win_size=window, win=win)
         assert_close(ssim(x, y), theirs, rtol=0, atol=tolerance)
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    height=st.integers(1, 13), width=st.integers(1, 13), seed=st.integers(0, 2**31), zeros=st.booleans()
-)
+@given(height=st.integers(1, 13), width=st.integers(1, 13), seed=st.integers(0, 2**31), zeros=st.booleans())
 def test_ssim_is_symmetric_at_most_one_and_one_of_a_map_with_itself(
     height: int, width: int, seed: int, zeros: bool
 ) -> None:
-    maps = torch.rand(
-        2, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
+    maps = torch.rand(2, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     if zeros:
         maps = (maps - 0.5).relu()
     x, y = maps[:1], maps[1:]
@@ -129,9 +121,7 @@ def test_ssim_gradient_is_that_of_finite_differences(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", DISTANCES)
-def test_gradients_are_finite_at_flat_and_equal_maps(
-    name: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_gradients_are_finite_at_flat_and_equal_maps(name: str, dtype: torch.dtype, device: torch.device) -> None:
     x = torch.rand(5, 14, 14, dtype=dtype, device=device)
     y = torch.rand(5, 14, 14, dtype=dtype, device=device)
     x[0] = 0
@@ -151,9 +141,7 @@ def test_gradients_are_finite_at_flat_and_equal_maps(
 
 
 @pytest.mark.parametrize("exponents", [(1, 1, 1), (1, 2, 1)], ids=str)
-def test_ssim_in_float32_is_close_to_float64(
-    exponents: tuple[float, float, float], device: torch.device
-) -> None:
+def test_ssim_in_float32_is_close_to_float64(exponents: tuple[float, float, float], device: torch.device) -> None:
     """Bright maps with faint texture: half-precision blurring (TF32) would be off by far more."""
     x = 0.9 + 0.1 * torch.rand(4, 28, 28, dtype=torch.float64, device=device)
     y = (x + 0.02 * torch.rand(4, 28, 28, dtype=torch.float64, device=device)).clamp(max=1)
@@ -174,9 +162,7 @@ def test_under_autocast_ssim_is_that_of_float32(dtype: torch.dtype, device: torc
 def test_each_map_counts_alone_and_none_gives_none() -> None:
     x, y = two_maps((9, 9))
     for distance in DISTANCES.values():
-        assert_close(
-            distance(x, y), torch.cat([distance(x[i : i + 1], y[i : i + 1]) for i in range(3)]), **EXACT
-        )
+        assert_close(distance(x, y), torch.cat([distance(x[i : i + 1], y[i : i + 1]) for i in range(3)]), **EXACT)
         assert distance(x[:0], y[:0]).shape == (0,)
 
 
@@ -189,9 +175,7 @@ def test_each_map_counts_alone_and_none_gives_none() -> None:
         (torch.rand(5, 5), torch.rand(5, 5), (1, 1, 1), "one shape"),
     ],
 )
-def test_bad_ssim_input_is_named(
-    x: Tensor, y: Tensor, exponents: tuple[float, float, float], message: str
-) -> None:
+def test_bad_ssim_input_is_named(x: Tensor, y: Tensor, exponents: tuple[float, float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ssim(x, y, exponents)
 

@@ -16,7 +16,7 @@ from distributed_batchcam.objectives import OBJECTIVES, CAMLossOptions, Objectiv
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 DISTANCE_NAMES = ["l1", "l2", "ssim"]
 REDUCTIONS = ["factored", "sums", "local"]
-ODD_EXPONENTS = (2.0, 0.5, 1.5)
+ODD_EXPONENTS = (1.5, 0.5, 2.0)
 
 
 def test_the_names_of_the_objectives_are_a_contract() -> None:
@@ -72,9 +72,7 @@ def test_margin_of_the_contrastive_objective(margin: float) -> None:
     assert right.any(), "no right prediction to pull"
     assert not right.all(), "no wrong prediction to push"
     expected = oracles.cam_part("contrastive", model, images, targets, prototypes, margin=margin)
-    parts = Objective("contrastive", prototypes, options=CAMLossOptions(margin=margin))(
-        *model(images), targets, images
-    )
+    parts = Objective("contrastive", prototypes, options=CAMLossOptions(margin=margin))(*model(images), targets, images)
     assert_close(parts.cam.item(), expected, **EXACT)
 
 
@@ -152,9 +150,7 @@ def test_absent_class_adds_nothing(distance: str, reduction: str) -> None:
 
     def run(prototypes: Tensor) -> list[Tensor]:
         logits, features = model(images)
-        loss = BatchCAMLoss(prototypes, distance, reduction)(
-            logits[:, : len(prototypes)], features, targets
-        )
+        loss = BatchCAMLoss(prototypes, distance, reduction)(logits[:, : len(prototypes)], features, targets)
         return [loss, *torch.autograd.grad(loss, weights)]
 
     found, with_others, without = run(prototypes), run(other), run(prototypes[:3])
@@ -228,11 +224,11 @@ HeadInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def head_inputs(kind: str) -> HeadInputs:
-    """Features (5, 3, 4, 4) and the parameters of a head of two layers, 4 classes."""
-    width = 3 if kind == "pool" else 12
-    shapes = [(5, 3, 4, 4), (6, width), (6,), (4, 6), (4,)]
+    """Features (4, 2, 4, 4) and the parameters of a head of two layers, 4 classes."""
+    width = 2 if kind == "pool" else 8
+    shapes = [(4, 2, 4, 4), (5, width), (5,), (4, 5), (4,)]
     features, *parameters = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    return (features.abs().requires_grad_(), *(parameter.requires_grad_() for parameter in parameters))
+    return (features.requires_grad_(), *(parameter.requires_grad_() for parameter in parameters))
 
 
 def head(kind: str, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -250,7 +246,7 @@ def gradient_is_right(kind: str, loss: Callable[[Tensor, Tensor], Tensor]) -> bo
     return torch.autograd.gradcheck(lambda *inputs: loss(head(kind, *inputs), inputs[0]), inputs)
 
 
-TARGETS = torch.tensor([0, 1, 1, 3, 0])
+TARGETS = torch.tensor([0, 1, 1, 3])
 EXPONENTS = [(1.0, 1.0, 1.0), ODD_EXPONENTS]
 MEASURES = [("l1", EXPONENTS[0]), ("l2", EXPONENTS[0]), *(("ssim", exponents) for exponents in EXPONENTS)]
 
@@ -267,7 +263,7 @@ def test_gradient_of_the_prototype_loss(
 
 
 @pytest.mark.parametrize("kind", ["pool", "flat"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["factored", "sums"])
 @pytest.mark.parametrize(("distance", "exponents"), MEASURES, ids=str)
 def test_gradient_of_the_batch_cam_loss(
     distance: str, exponents: tuple[float, float, float], reduction: str, kind: str
@@ -280,7 +276,7 @@ def test_gradient_of_the_batch_cam_loss(
 @pytest.mark.parametrize("kind", ["pool", "flat"])
 @pytest.mark.parametrize("margin", [1.0, 3.0])
 def test_gradient_of_the_contrastive_loss(kind: str, margin: float) -> None:
-    images = torch.rand(5, 3, 6, 6, dtype=torch.float64)
+    images = torch.rand(4, 3, 6, 6, dtype=torch.float64)
     loss = ContrastiveCAMLoss(margin)
     assert gradient_is_right(kind, lambda logits, features: loss(logits, features, TARGETS, images))
 

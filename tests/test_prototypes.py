@@ -56,9 +56,7 @@ def test_class_of_blank_images_has_a_prototype_of_zeros() -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_any_integer_type_names_a_class(dtype: torch.dtype) -> None:
     images = sample_batch(samples=9)[0]
-    assert torch.equal(
-        compute_prototypes(images, TARGETS.to(dtype), 5), compute_prototypes(images, TARGETS, 5)
-    )
+    assert torch.equal(compute_prototypes(images, TARGETS.to(dtype), 5), compute_prototypes(images, TARGETS, 5))
 
 
 IMAGES = torch.rand(2, 1, 4, 4)

@@ -155,8 +155,8 @@ class _Stream:
             if self._shares.current is not shares:
                 raise RuntimeError("this loader has begun another epoch; finish one before the next")
             images = next(stream)
-            if isinstance(images, InputError):
-                raise images
+            if isinstance(images, str):
+                raise InputError(images)
             yield images.to(self._device, non_blocking=True)
 
 
@@ -173,18 +173,18 @@ class _Shares(Sampler[list[int]]):
 
 
 class _Decoding(Dataset[Tensor]):
-    """Decodes a share at a time. An error travels as a value: raised, it would arrive as a traceback."""
+    """Decodes a share at a time; of an error the message is handed over, as raised it would be a traceback."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
 
-    def __getitems__(self, indices: list[int]) -> Tensor | InputError:
+    def __getitems__(self, indices: list[int]) -> Tensor | str:
         decoded = torch.empty(len(indices), *self._images.shape, dtype=torch.uint8)
         try:
             for place, index in enumerate(indices):
                 decoded[place] = self._images[index]
         except InputError as error:
-            return error
+            return str(error)
         return decoded
 
 

@@ -60,6 +60,8 @@ def fetch_files(dataset: str, root: Path, missing: Sequence[str], fetch: Callabl
         # Below root, so that each file can be moved into its place at once, on the same disk.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder, _socket_timeout():
             fetch(Path(folder))
+            if absent := [name for name in missing if not Path(folder, name).is_file()]:
+                raise FileNotFoundError(f"it brought no {', '.join(absent)}")
             for name in missing:
                 target = root / name
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Figures as PNG files."""
 
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -35,10 +36,10 @@ def save_class_maps(path: Path, prototypes: Tensor, maps: Tensor, classes: Seque
     for index, name in enumerate(classes):
         band, column = divmod(index, columns)
         above, below = axes[2 * band, column], axes[2 * band + 1, column]
-        above.imshow(prototypes[index], cmap="gray", vmin=0, vmax=1)
+        above.imshow(prototypes[index].numpy(), cmap="gray", vmin=0, vmax=1)
         # Names are text, not matplotlib's mathematics: a "$" in a folder name is just that.
         above.set_title(_shortened(name), fontsize=8, parse_math=False)
-        below.imshow(maps[index], cmap="inferno", vmin=0, vmax=1)
+        below.imshow(maps[index].numpy(), cmap="inferno", vmin=0, vmax=1)
         below.set_title(f"{similarities[index]:.2f}", fontsize=8)
     for band in range(bands):
         for row, label in ((2 * band, "prototype"), (2 * band + 1, "class map\n(SSIM)")):
@@ -46,7 +47,10 @@ def save_class_maps(path: Path, prototypes: Tensor, maps: Tensor, classes: Seque
                 -0.12, 0.5, label, transform=axes[row, 0].transAxes, rotation=90, ha="right", va="center", fontsize=8
             )
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    with warnings.catch_warnings():
+        # A class name may be in a script that matplotlib's font lacks: it is drawn as boxes then.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())
 
 

@@ -1,0 +1,289 @@
+"""Timing shared by the benchmarks: variants interleaved in one run, compared round by round, written down.
+
+Round by round each variant runs once (A B C, then B C A, …), and ratios are taken within a round: what slows
+the machine for a while slows all variants alike, and so cancels.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+import distributed_batchcam
+from distributed_batchcam.checkpoint import write_atomic
+
+Passed = bool | Literal["not measured"]
+
+
+class Spread(NamedTuple):
+    """Median and spread of n figures."""
+
+    n: int
+    median: float
+    q1: float
+    q3: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least two values; quartiles by interpolation."""
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(len(values), median, q1, q3, min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: its times, and its time ÷ that of the reference in the same round."""
+
+    name: str
+    seconds: Spread
+    ratio: Spread
+
+
+@dataclass(frozen=True)
+class Table:
+    """Variants that were timed together; the first row is the reference."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    def row(self, name: str) -> Row:
+        """The row of a variant."""
+        return next(row for row in self.rows if row.name == name)
+
+    def text(self) -> str:
+        """The table as plain text."""
+        width = max(len(row.name) for row in self.rows)
+        lines = [
+            f"{self.title} (n = {self.rows[0].seconds.n})",
+            f"  {'':{width}}  {'median':>10}  {'quartiles':>21}  {'÷ ' + self.rows[0].name:>12}  {'quartiles':>17}",
+        ]
+        for row in self.rows:
+            times, ratio = row.seconds, row.ratio
+            time_range = f"{1e3 * times.q1:.2f} … {1e3 * times.q3:.2f} ms"
+            ratio_range = f"{_short(ratio.q1)} … {_short(ratio.q3)}"
+            lines.append(
+                f"  {row.name:{width}}  {1e3 * times.median:>7.2f} ms  {time_range:>21}  "
+                f"{_short(ratio.median):>12}  {ratio_range:>17}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure has to reach; `measured` is None where this run's settings are not the bar's."""
+
+    what: str
+    direction: Literal["at most", "at least"]
+    limit: float
+    measured: float | None
+
+    @property
+    def passed(self) -> Passed:
+        """Whether the bar is reached."""
+        if self.measured is None:
+            return "not measured"
+        return self.measured <= self.limit if self.direction == "at most" else self.measured >= self.limit
+
+    def text(self) -> str:
+        """The bar and its outcome in one line."""
+        outcomes = {True: "passed", False: "MISSED", "not measured": "not measured"}
+        measured = "" if self.measured is None else f"{_short(self.measured)}×, "
+        return f"bar: {self.what} {self.direction} {self.limit:g}×: {measured}{outcomes[self.passed]}"
+
+
+def measure(
+    title: str, variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device
+) -> Table:
+    """Time the variants, interleaved; the first is the reference of the ratios.
+
+    Args:
+        title: of the table.
+        variants: what to time, by name.
+        rounds: n, how often each runs and is timed; at least 2.
+        warmup: how often each runs before that, untimed.
+        device: whose work to wait for before each look at the clock.
+    """
+    for run in variants.values():
+        for _ in range(warmup):
+            run()
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with _no_garbage_collection():
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(_time(variants[name], device))
+    reference = seconds[names[0]]
+    return Table(
+        title,
+        tuple(
+            Row(
+                name,
+                Spread.of(times),
+                Spread.of([mine / other for mine, other in zip(times, reference, strict=True)]),
+            )
+            for name, times in seconds.items()
+        ),
+    )
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    result = run()
+    _wait_for(device)
+    elapsed = time.perf_counter() - start
+    del result  # Freeing what a variant returns is not part of its work.
+    return elapsed
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As `timeit` does: a collection would hit whichever variant happens to run."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use `count` CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Command line and report --------------------------------------------------------------------------
+
+
+def argument_parser(module: str, description: str, *, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
+    parser.add_argument("--rounds", type=_at_least(2), default=rounds, help="timed runs of each variant (%(default)s)")
+    parser.add_argument("--warmup", type=_at_least(1), default=3, help="untimed runs before (%(default)s)")
+    parser.add_argument("--threads", type=_at_least(1), default=2, help="CPU threads of torch (%(default)s)")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to this file")
+    return parser
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    return whole_number
+
+
+positive = _at_least(1)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def report(
+    benchmark: str, options: argparse.Namespace, device: torch.device, tables: Sequence[Table], bars: Sequence[Bar]
+) -> None:
+    """Print the tables and bars, and write them to `--json`, if given, with hardware, versions and settings."""
+    hardware, versions = _hardware(device), _versions()
+    print(f"{hardware['cpu']}, {hardware['cores']} cores, {options.threads} threads; GPU: {hardware['gpu'] or 'none'}")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    for table in tables:
+        print(f"\n{table.text()}")
+    print()
+    for bar in bars:
+        print(bar.text())
+    if options.json is None:
+        return
+    document = {
+        "benchmark": benchmark,
+        "device": device.type,
+        "hardware": hardware,
+        "versions": versions,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "warmup": options.warmup,
+        "tables": [
+            {
+                "title": table.title,
+                "reference": table.rows[0].name,
+                "rows": [
+                    {"name": row.name, "seconds": row.seconds._asdict(), "ratio": row.ratio._asdict()}
+                    for row in table.rows
+                ],
+            }
+            for table in tables
+        ],
+        "bars": [{**asdict(bar), "passed": bar.passed} for bar in bars],
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.json, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    import timm
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "distributed_batchcam": distributed_batchcam.__version__,
+    }
+
+
+def _short(value: float) -> str:
+    """Three decimals up to 10, then ever fewer: four figures that mean something."""
+    if value < 10:
+        return f"{value:.3f}"
+    return f"{value:.{max(0, 3 - int(math.log10(value)))}f}"

@@ -1,0 +1,170 @@
+"""The command line: bad input is one line and status 2, with nothing left behind."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import SMALL, batchcam, environment
+from PIL import Image
+
+from distributed_batchcam.cli import run
+from distributed_batchcam.config import RunConfig
+
+
+def image_folder(root: Path, classes: dict[str, int]) -> Path:
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (12, 12), (20 * index, 100, 50)).save(root / name / f"{index}.png")
+    return root
+
+
+BAD_FLAGS = [
+    (["--modle", "resnet18"], "unknown option '--modle'; did you mean --model"),
+    (["--model", "resnt18"], "unknown model 'resnt18'; did you mean resnet18"),
+    (["--dataset", "mnits"], "unknown dataset 'mnits'; did you mean mnist"),
+    (["--objective", "bcpl"], "unknown objective 'bcpl'"),
+    (["--epochs", "-1"], "--epochs '-1': input should be greater than 0"),
+    (["--lr", "nan"], "--lr 'nan': input should be a finite number"),
+    (["--weight", "0"], "--weight 0 makes bcpl_l1 a baseline"),
+    (["--epochs"], "argument --epochs: expected one argument"),
+    (["digits"], "'digits' belongs to no option"),
+    (["--batch-size", "100000"], "--batch-size 100000 is larger than the training set of 1,29"),
+    (["--image-size", "2"], "simple_cnn needs images of at least 4×4 pixels"),
+    (["--model", "convnextv2_tiny", "--image-size", "8"], "convnextv2_tiny cannot take 8×8 images"),
+    (["--target-layer", "conv3"], "unknown target layer of simple_cnn 'conv3'; did you mean conv2"),
+    (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+    (["--sync-batchnorm"], "--sync-batchnorm needs GPUs"),
+    (["--valid-size", "5"], "valid"),
+    (["--prototypes", "/nowhere"], "/nowhere"),
+    (["--dataset", "mnist", "--data-root", "/nowhere"], "/nowhere"),
+    (["--config", "/nowhere.yaml"], "cannot read configuration /nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_input_is_one_line_with_status_2_and_leaves_nothing(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(["train", *SMALL, "--out", str(out), *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("batchcam: error: ")
+    assert message in said
+    assert "\n" not in said
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for a GPU that Linux CI does not have")
+def test_a_missing_gpu_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(["train", "--device", "cuda"]) == 2
+    assert "no GPU is visible" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file_or_another_run_or_full_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other, full = tmp_path / "file", tmp_path / "other", tmp_path / "full"
+    file.write_text("mine")
+    other.mkdir()
+    (other / "config.yaml").write_text("epochs: 3\n")
+    full.mkdir()
+    (full / "thesis.tex").write_text("mine")
+    for out, message in (
+        (file, "is a file"),
+        (other, "holds another run"),
+        (full, "is not empty"),
+        (file / "x", "file"),
+    ):
+        assert run(["train", *SMALL, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    assert [path.name for path in full.iterdir()] == ["thesis.tex"]
+    assert (other / "config.yaml").read_text() == "epochs: 3\n"
+
+
+def test_a_class_without_a_training_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_folder(tmp_path / "data", {"cat": 8, "dog": 8})
+    (root / "owl").mkdir()
+    assert run(["train", "--dataset", "imagefolder", "--data-root", str(root), "--out", str(tmp_path / "run")]) == 2
+    assert "owl" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_folder(tmp_path / "data", {"cat": 12, "dog": 12})
+    whole = (root / "cat/3.png").read_bytes()
+    (root / "cat/3.png").write_bytes(whole[: len(whole) // 2])
+    options = ["--image-size", "16", "--batch-size", "4", "--valid-size", "2"]
+    assert (
+        run(["train", "--dataset", "imagefolder", "--data-root", str(root), *options, "--out", str(tmp_path / "r")])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert "3.png" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_of_coloured_images_with_odd_class_names_trains_and_evaluates(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "data", {"<script>alert(1)<": 12, "$\\frac{": 12, "naïve 猫": 12})
+    out = tmp_path / "run"
+    options = ["--image-size", "16", "--batch-size", "8", "--valid-size", "3", "--epochs", "1", "--device", "cpu"]
+    arguments = ["train", "--dataset", "imagefolder", "--data-root", str(root), "--out", str(out), *options]
+    assert run(arguments) == 0
+    assert run(["evaluate", str(out), "--device", "cpu"]) == 0
+    assert run(["evaluate", str(out), "--device", "cpu", "--split", "valid"]) == 0
+    moved = tmp_path / "moved"
+    shutil.move(root, moved)
+    assert run(["evaluate", str(out), "--device", "cpu", "--data-root", str(moved)]) == 0
+    assert run(["evaluate", str(out), "--device", "cpu"]) == 2
+
+
+def test_unknown_commands_and_folders_that_are_no_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["trian"]) == 2
+    assert "unknown command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert run(["evaluate", str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    overview = capsys.readouterr().out
+    assert all(command in overview for command in ("train", "evaluate", "doctor"))
+    with pytest.raises(SystemExit) as exit_:
+        run(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in RunConfig.model_fields)
+
+
+def test_help_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from distributed_batchcam.cli import run; run([]); "
+        "heavy = {'torch', 'timm', 'accelerate', 'torchvision', 'ray', 'wandb', 'matplotlib', 'sklearn'}; "
+        "sys.exit(' '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr
+
+
+def test_doctor_says_what_is_there_and_what_to_do_about_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", "--data-root", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok       torch: ") for line in lines)
+    assert any(line.startswith("missing  data: mnist: not in") for line in lines)
+    assert all(line.startswith(("ok       ", "missing  ")) for line in lines)
+
+
+def test_a_traceback_never_reaches_a_user_with_bad_input() -> None:
+    result = batchcam("train", "--model", "resnt18")
+    assert result.returncode == 2
+    assert result.stderr.startswith("batchcam: error: unknown model 'resnt18'")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,235 @@
+"""A run from beginning to end in one process: what it leaves, repeats and resumes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import SMALL
+from safetensors.torch import load_file
+
+from distributed_batchcam import create_model
+from distributed_batchcam.checkpoint import load_run
+from distributed_batchcam.cli import run
+from distributed_batchcam.objectives import OBJECTIVES
+
+
+def lines_of(run_dir: Path, split: str | None = None) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if split in (None, line["split"])]
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def train(out: Path, *arguments: str) -> int:
+    return run(["train", *SMALL, "--out", str(out), *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(out, "--epochs", "4", "--log-every", "5") == 0
+    return out
+
+
+def test_run_directory_holds_what_the_contract_names(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        *("config.yaml", "metrics.jsonl", "summary.json", "checkpoints"),
+        *("model.safetensors", "prototypes.safetensors", "class_maps.png"),
+    } <= names
+    summary = summary_of(finished)
+    assert {
+        *("model", "dataset", "objective", "weight", "image_size", "seed", "epochs", "world_size", "params"),
+        *("gflops", "test_accuracy", "best_test_accuracy", "best_epoch", "cam_l1", "cam_ssim"),
+        *("class_cam_ssim", "images_per_second", "train_seconds"),
+    } <= summary.keys()
+    assert summary["world_size"] == 1
+    assert summary["params"] == sum(p.numel() for p in create_model("simple_cnn", image_size=16).parameters())
+
+
+def test_it_learns_to_classify_and_to_look_like_the_prototypes(finished: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "baseline", "--epochs", "4", "--objective", "baseline") == 0
+    guided, plain = summary_of(finished), summary_of(tmp_path / "baseline")
+    assert guided["test_accuracy"] > 85
+    assert guided["class_cam_ssim"] > plain["class_cam_ssim"] + 0.2
+    assert guided["cam_l1"] < plain["cam_l1"]
+
+
+def test_metrics_tell_step_epoch_and_each_part_of_the_loss(finished: Path) -> None:
+    training = lines_of(finished, "train")
+    for line in training:
+        assert line["loss"] == pytest.approx(line["loss_class"] + 0.1 * line["loss_cam"], rel=1e-5)
+        assert {"step", "epoch", "lr", "images_per_second", "accuracy"} <= line.keys()
+    assert training[-1]["loss"] < training[0]["loss"]
+    steps = 1295 // 64  # whole global batches of the training images left after validation
+    assert [line["step"] for line in lines_of(finished, "valid")] == [steps, 2 * steps, 3 * steps, 4 * steps]
+
+
+def test_newest_and_best_checkpoints_stay(finished: Path) -> None:
+    best = summary_of(finished)["best_epoch"]
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == sorted({"epoch_00003", "epoch_00004", f"epoch_{best:05d}"})
+
+
+def test_the_saved_model_is_the_one_that_was_evaluated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(finished), "--device", "cpu"]) == 0
+    figures, summary = json.loads(capsys.readouterr().out), summary_of(finished)
+    assert figures["accuracy"] == summary["test_accuracy"]
+    for name in ("cam_l1", "cam_ssim", "class_cam_ssim"):
+        assert figures[name] == pytest.approx(summary[name], rel=1e-6)
+    assert load_run(finished).classes == tuple("0123456789")
+
+
+def test_its_own_config_repeats_the_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    assert run(["train", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert_same_weights(finished, tmp_path / "again")
+
+
+def interrupted_copy(finished: Path, copy: Path, *, epoch: int) -> Path:
+    """What the run would have left, had it been killed in the middle of the epoch after `epoch`."""
+    shutil.copytree(finished, copy)
+    for name in ("model.safetensors", "summary.json", "class_maps.png"):
+        (copy / name).unlink()
+    for path in (copy / "checkpoints").iterdir():
+        if path.name > f"epoch_{epoch:05d}":
+            shutil.rmtree(path)
+    return copy
+
+
+def test_a_resumed_run_ends_where_the_undisturbed_one_did(finished: Path, tmp_path: Path) -> None:
+    copy = interrupted_copy(finished, tmp_path / "killed", epoch=3)
+    assert train(copy, "--epochs", "4", "--log-every", "5", "--resume", "auto") == 0
+    assert_same_weights(finished, copy)
+    ours, theirs = lines_of(copy), lines_of(finished)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line.get("loss") for line in ours] == [line.get("loss") for line in theirs]
+    assert summary_of(copy)["test_accuracy"] == summary_of(finished)["test_accuracy"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = interrupted_copy(finished, tmp_path / "killed", epoch=4)
+    tensors = copy / "checkpoints/epoch_00004/tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    assert train(copy, "--epochs", "4", "--log-every", "5", "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert "epoch_00004: tensors.safetensors is damaged" in said
+    assert "resuming from" in said
+    assert "epoch_00003" in said
+    assert_same_weights(finished, copy)
+
+
+def test_resume_of_nothing_starts_from_the_beginning(tmp_path: Path) -> None:
+    assert train(tmp_path / "new", "--epochs", "1", "--resume", "auto") == 0
+    assert summary_of(tmp_path / "new")["epochs"] == 1
+
+
+def test_resume_with_other_options_names_the_difference(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = interrupted_copy(finished, tmp_path / "killed", epoch=3)
+    before = (copy / "config.yaml").read_bytes()
+    assert train(copy, "--epochs", "4", "--resume", "auto", "--weight", "0.5") == 2
+    assert "--weight 0.5 differs from 0.1 of the run" in capsys.readouterr().err
+    assert (copy / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("baseline", "bcpl_l1")])
+def test_every_objective_trains(objective: str, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--epochs", "1", "--objective", objective) == 0
+    losses = [line["loss_cam"] for line in lines_of(tmp_path / "run", "train")]
+    assert all(loss > 0 for loss in losses)
+
+
+OPTIONS = {
+    "sgd": ["--optimizer", "sgd", "--lr", "0.02", "--schedule", "cosine", "--warmup", "0.1"],
+    "constant": ["--schedule", "constant", "--label-smoothing", "0.1", "--clip-norm", "1"],
+    "bf16": ["--precision", "bf16", "--channels-last"],
+    "ema": ["--ema", "0.9"],
+    "accumulate": ["--accumulate", "2"],
+    "no validation split": ["--valid-size", "0"],
+    "sums, other direction": ["--reduction", "sums", "--resize", "prototypes"],
+    "exponents": ["--objective", "bcpl_ssim", "--ssim-exponents", "1", "0.5", "2"],
+    "target class": ["--objective", "pl_l2", "--cam-class", "target"],
+    "named layer": ["--model", "resnet18", "--target-layer", "layer2", "--image-size", "8"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_train_and_repeat_from_their_config(options: list[str], tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--epochs", "1", *options) == 0
+    assert summary_of(tmp_path / "run")["test_accuracy"] > 20
+    assert run(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
+
+
+def test_gradient_accumulation_follows_the_whole_batch(tmp_path: Path) -> None:
+    # Cross-entropy alone: with BCPL, class means are taken per piece, and differ.
+    for name, pieces in (("whole", "1"), ("pieces", "4")):
+        assert train(tmp_path / name, "--epochs", "1", "--objective", "baseline", "--accumulate", pieces) == 0
+    whole, pieces_ = lines_of(tmp_path / "whole", "train")[-1], lines_of(tmp_path / "pieces", "train")[-1]
+    assert whole["step"] == pieces_["step"]
+    assert whole["loss"] == pytest.approx(pieces_["loss"], rel=1e-4)
+
+
+def test_moving_average_is_what_is_evaluated_and_saved(tmp_path: Path) -> None:
+    from distributed_batchcam.checkpoint import load_checkpoint
+
+    assert train(tmp_path / "run", "--epochs", "1", "--ema", "0.9") == 0
+    state = load_checkpoint(tmp_path / "run/checkpoints/epoch_00001")
+    saved = weights_of(tmp_path / "run")
+    assert all(torch.equal(saved[name], state["ema"][name]) for name in saved)
+    assert any(not torch.equal(saved[name], state["model"][name]) for name in saved)
+
+
+def test_users_own_prototypes_are_trained_towards_and_saved(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "prototypes"
+    folder.mkdir()
+    for digit in range(10):
+        image = Image.new("L", (16, 16))
+        image.paste(255, (digit, 2, digit + 4, 12))
+        image.save(folder / f"{digit}.png")
+    assert train(tmp_path / "run", "--epochs", "1", "--prototypes", str(folder)) == 0
+    saved = load_file(tmp_path / "run/prototypes.safetensors")
+    assert saved["train"][3, 5, 4] == 1
+    assert saved["train"][3, 5, 12] == 0
+    assert torch.equal(saved["train"], saved["valid"])
+
+
+def test_debug_mode_ends_with_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", "--debug", "--epochs", "3") == 0
+    said = capsys.readouterr().out
+    assert said.count("debug: images (64, 1, 16, 16) float32 -> features (64, 64, 8, 8) float32") == 1
+    assert "debug: ok     the loss fell from" in said
+    assert "debug: ok     all gradients are finite" in said
+    assert "debug: ok     every parameter gets a gradient" in said
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_debug_mode_fails_where_nothing_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", "--debug", "--epochs", "1", "--lr", "1e-12") == 1
+    assert "debug: FAILED the loss fell" in capsys.readouterr().out
+
+
+def test_a_diverging_run_stops_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optimizer", "sgd", "--lr", "1e30", "--schedule", "constant"]
+    assert train(tmp_path / "run", "--epochs", "1", *options) == 1
+    assert "the loss is not finite around step" in capsys.readouterr().err
