@@ -69,7 +69,7 @@ def all_reduce_sums(tensors: Sequence[Tensor], upstream: Upstream) -> tuple[Tens
     """
     if world_size() == 1:
         return tuple(tensors)
-    return _AllReduceSums.apply(upstream, *tensors)  # type: ignore[no-any-return]
+    return _AllReduceSums.apply(upstream, *tensors)
 
 
 def all_reduce_sum(tensor: Tensor, upstream: Upstream) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import grad_cam
-from .checks import check_prototypes, check_targets
+from .checks import check_features, check_prototypes, check_targets
 from .class_sums import Reduction, check_reduction, class_cams
 from .collectives import global_mean
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
@@ -205,6 +205,7 @@ class ContrastiveCAMLoss(nn.Module):
         channel_offset: Tensor | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
+        check_features(logits, features)
         check_targets(targets, len(logits), logits.shape[1], values=self.validate)
         if images.ndim != 4 or len(images) != len(logits):
             raise ValueError(f"images must have shape ({len(logits)}, 1 or 3, h, w), got {tuple(images.shape)}")

@@ -87,6 +87,13 @@ def decided_by_main(accelerator: "Accelerator", decide: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
+def main_first(accelerator: "Accelerator", load: Callable[[], T]) -> T:
+    """`load()` on every rank, but on the main process alone at first: what it downloads, the others find there."""
+    loaded: list[T] = []
+    decided_by_main(accelerator, lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
+
+
 def average_buffers(module: torch.nn.Module, accelerator: "Accelerator") -> None:
     """Give all ranks the mean of their floating-point buffers (running statistics), in one collective."""
     if accelerator.num_processes == 1:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
 from .config import RunConfig
-from .data import Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
+from .data import DATASETS, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
 from .errors import InputError
 from .evaluation import Evaluation, evaluate
@@ -24,7 +24,7 @@ from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
 from .report.figures import save_class_maps
 from .run_directory import RunDirectory
-from .runtime import average_buffers, decided_by_main, describe, start_accelerator
+from .runtime import average_buffers, decided_by_main, describe, main_first, start_accelerator
 from .tracking import MetricsFile, SafeTracker
 
 if TYPE_CHECKING:
@@ -63,14 +63,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         torch.use_deterministic_algorithms(True)
         torch.autograd.set_detect_anomaly(True)
     try:
-        data = load_data(
-            config.dataset,
-            data_root=config.data_root,
-            image_size=config.image_size,
-            valid_size=config.valid_size,
-            limit=DEBUG_SAMPLES if config.debug else None,
-            cache_images=config.cache_images,
-        )
+        data = _load_data(config, accelerator)
         _check_batch(config, len(data.train), accelerator.num_processes)
         trainer = Trainer(config, accelerator, data, run_dir)
         trainer.open_run()
@@ -416,6 +409,20 @@ class Trainer:
 
 def _seed_all(*parts: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+
+
+def _load_data(config: RunConfig, accelerator: "Accelerator") -> Data:
+    def load() -> Data:
+        return load_data(
+            config.dataset,
+            data_root=config.data_root,
+            image_size=config.image_size,
+            valid_size=config.valid_size,
+            limit=DEBUG_SAMPLES if config.debug else None,
+            cache_images=config.cache_images,
+        )
+
+    return main_first(accelerator, load) if DATASETS[config.dataset].downloads else load()
 
 
 def _make_prototypes(config: RunConfig, data: Data) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, position: int) -> None:
     content = bytearray((path / TENSORS).read_bytes())
     content[position] ^= 1
     (path / TENSORS).write_bytes(content)
-    with pytest.raises(InputError, match="epoch_1.*damaged"):
+    with pytest.raises(InputError, match=r"epoch_1.*damaged"):
         load_checkpoint(path)
 
 

@@ -335,7 +335,6 @@ def test_under_autocast_parts_are_float32_and_train(name: str, device: torch.dev
 def test_parts_are_float32_or_better(
     name: str, given_dtype: torch.dtype, expected: torch.dtype, device: torch.device
 ) -> None:
-    """Of a half-precision pair too: 257 is not a bfloat16, so a mean of 257 entropies cannot be either."""
     images, targets, prototypes = (tensor.to(device) for tensor in sample_batch())
     model = TinyNet().to(device, given_dtype)
     objective = Objective(name, prototypes.float()).to(device)
@@ -345,13 +344,13 @@ def test_parts_are_float32_or_better(
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
-def test_prototypes_move_with_the_loss_and_stay_out_of_checkpoints() -> None:
+def test_prototypes_are_a_copy_that_moves_with_the_loss_and_stays_out_of_checkpoints() -> None:
     prototypes = torch.rand(5, 4, 4)
     loss = BatchCAMLoss(prototypes)
-    assert loss.state_dict() == {}
-    assert loss.double().prototypes.dtype == torch.float64
     prototypes.zero_()
     assert loss.prototypes.any()
+    assert loss.state_dict() == {}
+    assert loss.double().prototypes.dtype == torch.float64
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -411,6 +410,22 @@ def test_bad_targets_are_named(
     images = torch.rand(3, 1, 10, 10)
     with pytest.raises(ValueError, match=message):
         loss(*TinyNet()(images), targets, images)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(
+    ("logits", "features", "message"),
+    [
+        (torch.rand(3), torch.rand(3, 2, 4, 4), r"logits must have shape \(N, C\), got \(3,\)"),
+        (torch.rand(3, 5), torch.rand(3, 2), r"features must have shape \(N, K, H, W\), got \(3, 2\)"),
+        (torch.rand(3, 5), torch.rand(4, 2, 4, 4), "logits are of 3 samples, features of 4"),
+    ],
+)
+def test_bad_shapes_are_named(
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], logits: Tensor, features: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(logits, features, torch.tensor([0, 1, 2]), torch.rand(3, 1, 10, 10))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

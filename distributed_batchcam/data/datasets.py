@@ -306,14 +306,15 @@ class DatasetSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     on_disk: bool = True
+    downloads: bool = False
 
 
 # Mean and std of digits: measured on its training part (before validation is held out) at 28×28. MNIST and
 # Fashion-MNIST as in the paper; CIFAR-10's and, for image folders, ImageNet's are the customary ones.
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(_read_digits, 1, 28, (0.3058,), (0.3246,), on_disk=False),
-    "mnist": DatasetSpec(_read_mnist, 1, 28, (0.1307,), (0.3081,)),
-    "fashion_mnist": DatasetSpec(_read_fashion_mnist, 1, 28, (0.2860,), (0.3530,)),
-    "cifar10": DatasetSpec(_read_cifar10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "mnist": DatasetSpec(_read_mnist, 1, 28, (0.1307,), (0.3081,), downloads=True),
+    "fashion_mnist": DatasetSpec(_read_fashion_mnist, 1, 28, (0.2860,), (0.3530,), downloads=True),
+    "cifar10": DatasetSpec(_read_cifar10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), downloads=True),
     "imagefolder": DatasetSpec(_read_imagefolder, 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }

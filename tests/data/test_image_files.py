@@ -104,6 +104,12 @@ def test_what_is_not_an_image_is_named(tmp_path, content):
         read_rgb(path)
 
 
+def test_parsers_of_uncommon_formats_are_not_run(save):
+    path = save(Image.new("L", (9, 9)), "image.pcx")
+    with pytest.raises(InputError, match=r"image\.png cannot be read"):
+        read_rgb(path.rename(path.with_suffix(".png")))
+
+
 def test_missing_image_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png cannot be read"):
         read_rgb(tmp_path / "gone.png")
