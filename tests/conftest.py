@@ -10,8 +10,9 @@ requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUD
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=requires_cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The test runs on the CPU, and on a GPU where there is one."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The test runs on the CPU, and on a GPU where there is one, there with float32 that is float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device(request.param)
 
 
