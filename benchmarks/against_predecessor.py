@@ -32,7 +32,7 @@ from .predecessor import (
     maps_of_hooks,
 )
 from .step_time import IMAGE_SIZE, LEARNING_RATE, NUM_CLASSES, objective_loss, random_batch, training_step
-from .timing import Bar, Table, argument_parser, choose_device, measure, positive, report, threads
+from .timing import Bar, Table, argument_parser, choose_device, measure, positive, report, steady
 
 MODEL = "simple_cnn"
 WEIGHT = 0.1
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return measure(title, variants, rounds=options.rounds, warmup=options.warmup, device=device)
 
     hookable = HookableNetwork(model.network)
-    with threads(options.threads):
+    with steady(options.threads):
         with Hooks(hookable.target) as hooks:
             maps = timed("maps (forward pass not timed)", maps_of_a_graph(model, hookable, hooks, images))
         tables = [

@@ -17,7 +17,7 @@ from distributed_batchcam.models import CAMModel, create_model
 from distributed_batchcam.objectives import OBJECTIVES, Objective
 from distributed_batchcam.optim import make_optimizer
 
-from .timing import Bar, Table, argument_parser, choose_device, measure, positive, report, threads
+from .timing import Bar, Table, argument_parser, choose_device, measure, positive, report, steady
 
 NUM_CLASSES, IMAGE_SIZE = 10, 28
 BATCH_SIZES, OTHER_BATCH_SIZE = {"simple_cnn": 128}, 64
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(options.device)
 
     tables: dict[tuple[str, int], Table] = {}
-    with threads(options.threads):
+    with steady(options.threads):
         for name in options.models:
             batch_size = options.batch_size or BATCH_SIZES.get(name, OTHER_BATCH_SIZE)
             try:

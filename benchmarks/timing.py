@@ -1,15 +1,18 @@
 """Timing shared by the benchmarks: variants interleaved in one run, compared round by round, written down.
 
-Round by round each variant runs once (A B C, then B C A, …), and ratios are taken within a round: what slows
-the machine for a while slows all variants alike, and so cancels.
+Round by round each variant runs once, and ratios are taken within a round: what slows the machine for a while
+slows all variants alike, and so cancels. The order is drawn anew in every round: after a fixed neighbour a variant
+would always find the same caches and the same free memory, which shifts it by more than the differences of interest.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,10 +124,10 @@ def measure(
             run()
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    orders = random.Random(0)
     with _no_garbage_collection():
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+        for _ in range(rounds):
+            for name in orders.sample(names, len(names)):
                 seconds[name].append(_time(variants[name], device))
     reference = seconds[names[0]]
     return Table(
@@ -169,14 +172,30 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch use `count` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def steady(threads: int) -> Iterator[None]:
+    """Let torch use so many CPU threads, and the process keep the memory that it frees.
+
+    By default glibc hands large blocks back to the system and fetches them anew. How often depends on what ran
+    just before, and costs up to a fifth of a step on the CPU: more than the differences of interest.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    _set_malloc(mapped_blocks=0, trim_threshold=-1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
+        _set_malloc(mapped_blocks=65536, trim_threshold=128 * 1024)  # glibc's own
+
+
+def _set_malloc(*, mapped_blocks: int, trim_threshold: int) -> None:
+    """glibc's M_MMAP_MAX and M_TRIM_THRESHOLD; nothing happens with another C library."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, mapped_blocks)
+    mallopt(-1, trim_threshold)
 
 
 # Command line and report --------------------------------------------------------------------------

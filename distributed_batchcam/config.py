@@ -108,7 +108,7 @@ class RunConfig(BaseModel):
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     """Course of the learning rate."""
     warmup: Share | None = None
-    """Share of the steps over which the learning rate rises; default: 0.3 for onecycle, otherwise 0."""
+    """Share of the steps over which the learning rate rises; default: 0.1 for onecycle, otherwise 0."""
     clip_norm: PositiveFloat | None = None
     """Clip the gradient to this norm; default: no clipping."""
     ema: Share = 0.0
@@ -173,7 +173,7 @@ class RunConfig(BaseModel):
     @property
     def warmup_share(self) -> float:
         """`warmup` with its default filled in."""
-        return (0.3 if self.schedule == "onecycle" else 0.0) if self.warmup is None else self.warmup
+        return (0.1 if self.schedule == "onecycle" else 0.0) if self.warmup is None else self.warmup
 
     def to_yaml(self) -> str:
         """All options but where the run lives: `batchcam train --config` on it repeats the run."""
