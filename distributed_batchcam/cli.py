@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,11 +16,17 @@ from pydantic.fields import FieldInfo
 from .config import REGISTRIES, RunConfig, make_config
 from .errors import InputError, unknown_name
 
-_DONE, _FAULT, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
+_DONE, _FAULT, _BAD_INPUT, _INTERRUPTED, _TERMINATED = 0, 1, 2, 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit status (0 done, 2 bad input, 130 interrupted, 1 fault)."""
+    """Run one command; returns the exit status: 0 done, 2 bad input, 130 SIGINT, 143 SIGTERM, 1 fault."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(list(arguments))
     except InputError as error:
@@ -28,8 +36,15 @@ def run(arguments: Sequence[str]) -> int:
         _say(f"batchcam: stopped: {error}")
         return _FAULT
     except KeyboardInterrupt:
-        _say("batchcam: interrupted")
+        _say("batchcam: interrupted; train goes on from its last checkpoint with --resume auto")
         return _INTERRUPTED
+    except _Terminated:
+        _say("batchcam: stopped by SIGTERM; train goes on from its last checkpoint with --resume auto")
+        return _TERMINATED
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated
 
 
 class _Parser(argparse.ArgumentParser):

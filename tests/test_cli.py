@@ -1,5 +1,6 @@
 """The command line: bad input is one line and status 2, with nothing left behind."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,10 @@ def test_a_folder_of_coloured_images_with_odd_class_names_trains_and_evaluates(t
     assert run(arguments) == 0
     assert run(["evaluate", str(out), "--device", "cpu"]) == 0
     assert run(["evaluate", str(out), "--device", "cpu", "--split", "valid"]) == 0
+    streamed = [*arguments[:6], str(tmp_path / "streamed"), *options, "--cache-images", "no", "--workers", "2"]
+    assert run(streamed) == 0
+    losses = [(path / "metrics.jsonl").read_text().splitlines()[0] for path in (out, tmp_path / "streamed")]
+    assert json.loads(losses[0])["loss"] == json.loads(losses[1])["loss"]  # cached or streamed: the same images
     moved = tmp_path / "moved"
     shutil.move(root, moved)
     assert run(["evaluate", str(out), "--device", "cpu", "--data-root", str(moved)]) == 0

@@ -1,11 +1,15 @@
 """Several processes: they are several, they follow one loss curve, and they end well."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import SMALL, gloo, launch
+from launching import SMALL, batchcam, environment, gloo, launch
 
 RUN = [*SMALL, "--epochs", "2", "--log-every", "2"]
 
@@ -99,3 +103,27 @@ def test_bad_input_on_two_processes_is_said_once_and_leaves_nothing(tmp_path: Pa
     assert result.returncode != 0
     assert result.stderr.count("batchcam: error: --batch-size 100000 is larger than the training set") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_its_status_and_the_run_goes_on_later(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ["train", *SMALL, "--epochs", "6", "--out", str(out)]
+    command = [sys.executable, "-m", "distributed_batchcam", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints/epoch_00001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert said.strip().startswith("batchcam: ")
+    assert "--resume auto" in said
+    assert "Traceback" not in said
+    assert not (out / "summary.json").exists()
+    result = batchcam(*options, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "resuming from" in result.stdout
+    assert [line["epoch"] for line in lines_of(out) if line["split"] == "valid"] == [1, 2, 3, 4, 5, 6]

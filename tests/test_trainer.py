@@ -1,6 +1,7 @@
 """A run from beginning to end in one process: what it leaves, repeats and resumes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,16 @@ def test_debug_mode_ends_with_a_verdict(tmp_path: Path, capsys: pytest.CaptureFi
 def test_debug_mode_fails_where_nothing_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", "--debug", "--epochs", "1", "--lr", "1e-12") == 1
     assert "debug: FAILED the loss fell" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("BATCHCAM_DATA"), reason="BATCHCAM_DATA names no folder with MNIST")
+def test_real_mnist_is_learnt_in_one_epoch(tmp_path: Path) -> None:
+    options = ["--dataset", "mnist", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert run(["train", *options]) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["test_accuracy"] > 98
+    assert summary["class_cam_ssim"] > 0.85
 
 
 def test_a_diverging_run_stops_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
