@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=BAR_BATCH, help="%(default)s")
     options = parser.parse_args(arguments)
-    device = choose_device(options.device)
+    device = choose_device(parser, options.device)
 
     torch.manual_seed(0)
     model = create_model(MODEL, NUM_CLASSES, 1, IMAGE_SIZE).to(device)

@@ -33,13 +33,13 @@ BAR_THREADS = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argument_parser(
-        "step_time", "Time of a training step with each objective ÷ that of the plain step.", rounds=30
+        "step_time", "Time of a training step with each objective ÷ that of the plain step.", rounds=20
     )
     parser.add_argument("--models", nargs="+", default=["simple_cnn", "resnet18"], help="simple_cnn resnet18")
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES, help="all")
     parser.add_argument("--batch-size", type=positive, help="128 for simple_cnn, 64 for others")
     options = parser.parse_args(arguments)
-    device = choose_device(options.device)
+    device = choose_device(parser, options.device)
 
     tables: dict[tuple[str, int], Table] = {}
     with steady(options.threads):

@@ -227,8 +227,10 @@ def _at_least(low: int) -> Callable[[str], int]:
 positive = _at_least(1)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of `--device`."""
+def choose_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device of `--device`; ends the program where it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible here")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -97,6 +97,14 @@ def test_bad_options_end_with_status_2(options: list[str], capsys: pytest.Captur
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_there_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        against_predecessor.main(["--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["simple_cnn", "resnet18"])
 @pytest.mark.parametrize("given", [True, False], ids=["given", "predicted"])
 def test_the_predecessors_maps_are_those_of_grad_cam(name: str, given: bool) -> None:
