@@ -112,7 +112,15 @@ def test_a_signal_ends_the_run_with_its_status_and_the_run_goes_on_later(
     out = tmp_path / "run"
     options = ["train", *SMALL, "--epochs", "6", "--out", str(out)]
     command = [sys.executable, "-m", "distributed_batchcam", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (out / "checkpoints/epoch_00001").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
