@@ -28,9 +28,9 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """Learning rate by optimizer step: one-cycle, cosine or constant, the latter two with linear warm-up."""
     if config.schedule == "onecycle":
-        return OneCycleLR(
-            optimizer, max_lr=config.lr, total_steps=steps, pct_start=config.warmup_share, cycle_momentum=True
-        )
+        # A rise within a single step is none, and torch's schedule divides by its length less one.
+        rise = config.warmup_share if config.warmup_share * steps > 1.5 else 0.0
+        return OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps, pct_start=rise, cycle_momentum=True)
     warmup = round(config.warmup_share * steps)
 
     def factor(step: int) -> float:
