@@ -35,12 +35,6 @@ class ImageSet(ABC):
     def subset(self, indices: Tensor) -> Self:
         """The images at `indices` (n,), in that order."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all images take once decoded."""
-        channels, height, width = self.shape
-        return len(self) * channels * height * width
-
 
 class TensorImages(ImageSet):
     """Images in memory: `images` (N, ch, s, s) uint8 and `targets` (N,) on the CPU."""
