@@ -5,7 +5,7 @@ To add one: a function `(root, size) -> Parts`, and a line in `DATASETS`.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distributed_batchcam.errors import InputError, unknown_name
 
+from .decoys import NATIVE_SIZE, check_size, with_patches
 from .folders import read_folders
 from .idx import find_idx, read_idx
 from .images import FileImages, ImageSet, Parts, TensorImages
@@ -57,16 +58,21 @@ class Data:
     valid: ImageSet
     test: ImageSet
     data_root: Path | None
-    """The folder it was read from; None for `digits`."""
+    """The folder it was read from; None for the embedded digits."""
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(x - mean) / std per channel, for images (N, ch, h, w) in [0, 1] on any device."""
-        mean, std = _constants(self.mean, self.std, images.device, images.dtype)
-        return (images - mean) / std
+        """`normalize_images` with this dataset's constants."""
+        return normalize_images(images, self.mean, self.std)
+
+
+def normalize_images(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x - mean) / std per channel, for images (N, ch, h, w) in [0, 1] on any device."""
+    means, stds = _constants(mean, std, images.device, images.dtype)
+    return (images - means) / stds
 
 
 @cache
@@ -142,11 +148,8 @@ def _check_options(size: int, valid_size: int | None, limit: int | None, cache_i
 
 def _split(parts: Parts, valid_size: int | None) -> tuple[ImageSet, ImageSet, ImageSet]:
     """Training, validation and test part; what the dataset does not bring is held out of training."""
-    train, test, valid, classes = parts.train, parts.test, parts.valid, parts.classes
-    if test is None:
-        train, test = _held_out(
-            train, max(len(classes), round(len(train) / 5)), classes, "test", "bring a test/ folder"
-        )
+    classes, train, test, valid = _with_test(parts)
+    assert test is not None
     if valid_size == 0:
         return train, test, test
     if valid is not None:
@@ -160,6 +163,15 @@ def _split(parts: Parts, valid_size: int | None) -> tuple[ImageSet, ImageSet, Im
         valid_size = max(len(classes), min(len(train) // 10, _MAX_VALID_SIZE))
     train, valid = _held_out(train, valid_size, classes, "validation", "set the validation size to 0")
     return train, valid, test
+
+
+def _with_test(parts: Parts) -> Parts:
+    """The parts with a test part: where the dataset brings none, a fifth of its training images."""
+    if parts.test is not None:
+        return parts
+    size = max(len(parts.classes), round(len(parts.train) / 5))
+    train, test = _held_out(parts.train, size, parts.classes, "test", "bring a test/ folder")
+    return parts._replace(train=train, test=test)
 
 
 def _held_out(
@@ -296,25 +308,45 @@ def _read_imagefolder(root: Path, size: int) -> Parts:
     return read_folders(root, size)
 
 
+Reader = Callable[[Path, int], Parts]
+
+
+def _with_decoy(read: Reader) -> Reader:
+    """The reader of a dataset whose images carry decoy patches, drawn before any is held out or left out."""
+
+    def read_decoy(root: Path, size: int) -> Parts:
+        check_size(size)
+        parts = _with_test(read(root, NATIVE_SIZE))
+        return with_patches(parts)
+
+    return read_decoy
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """How a dataset is read, and what is known of it; mean and std per channel are of images in [0, 1]."""
 
-    read: Callable[[Path, int], Parts]
+    read: Reader
     channels: int
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     on_disk: bool = True
     downloads: bool = False
+    foreground: bool = False
+    """Whether the background is black, so that bright pixels are what an image shows."""
 
 
 # Mean and std of digits: measured on its training part (before validation is held out) at 28×28. MNIST and
 # Fashion-MNIST as in the paper; CIFAR-10's and, for image folders, ImageNet's are the customary ones.
 DATASETS: dict[str, DatasetSpec] = {
-    "digits": DatasetSpec(_read_digits, 1, 28, (0.3058,), (0.3246,), on_disk=False),
-    "mnist": DatasetSpec(_read_mnist, 1, 28, (0.1307,), (0.3081,), downloads=True),
-    "fashion_mnist": DatasetSpec(_read_fashion_mnist, 1, 28, (0.2860,), (0.3530,), downloads=True),
+    "digits": DatasetSpec(_read_digits, 1, 28, (0.3058,), (0.3246,), on_disk=False, foreground=True),
+    "mnist": DatasetSpec(_read_mnist, 1, 28, (0.1307,), (0.3081,), downloads=True, foreground=True),
+    "fashion_mnist": DatasetSpec(_read_fashion_mnist, 1, 28, (0.2860,), (0.3530,), downloads=True, foreground=True),
     "cifar10": DatasetSpec(_read_cifar10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), downloads=True),
     "imagefolder": DatasetSpec(_read_imagefolder, 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+DATASETS |= {
+    f"decoy_{name}": replace(DATASETS[name], read=_with_decoy(DATASETS[name].read))
+    for name in ("digits", "mnist", "fashion_mnist")
 }

@@ -49,13 +49,13 @@ def _read_part(folder: Path, size: int) -> tuple[tuple[str, ...], FileImages]:
     paths: list[Path] = []
     counts = []
     for name in classes:
-        images = _images_below(folder / name)
+        images = images_below(folder / name)
         if not images:
             raise InputError(f"class folder {folder / name} holds no image; add some or remove it")
         paths += images
         counts.append(len(images))
     targets = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
-    return tuple(classes), FileImages(paths, targets, size)
+    return tuple(classes), FileImages(folder, paths, targets, size)
 
 
 def _visible_folders(folder: Path) -> list[str]:
@@ -63,7 +63,8 @@ def _visible_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """All image files in a folder and those below it, sorted; hidden ones are passed over."""
     images = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -1,5 +1,6 @@
 """Decoding of image files, whatever their format and mode, to 8-bit RGB."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,6 @@ _EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif"),
     *(".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".pnm"),
 )
-# Only these parsers are run, whatever a file is called: Pillow knows formats that start programs (EPS).
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "DIB", "MPO")
 
 
 def is_image_name(name: str) -> bool:
@@ -22,7 +21,7 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(_EXTENSIONS)
 
 
-def read_square(path: Path, size: int) -> Tensor:
+def read_square(path: Path, size: int, background: str = "white") -> Tensor:
     """The central square of an image file, resized (bilinear, antialias): uint8 (3, size, size).
 
     The same as resizing the shorter side to `size` and cropping the centre, without the gigabytes that
@@ -31,7 +30,7 @@ def read_square(path: Path, size: int) -> Tensor:
     Raises:
         InputError: see `read_rgb`.
     """
-    image = read_rgb(path)
+    image = read_rgb(path, background)
     if image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -40,17 +39,17 @@ def read_square(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """The first frame of an image file, upright by its EXIF orientation, on white where transparent.
+def read_rgb(path: Path, background: str = "white") -> Image.Image:
+    """The first frame of an image file, upright by its EXIF orientation, on `background` where transparent.
 
     Raises:
         InputError: missing, unreadable, truncated, of an unknown format or of too many pixels.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=_formats()) as image:
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise _too_large(path)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image), background)
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -60,12 +59,19 @@ def read_rgb(path: Path) -> Image.Image:
         raise InputError(f"image {path} cannot be read ({reason}); repair or remove it") from error
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """All that Pillow reads by itself: Encapsulated PostScript is a program, which it would start Ghostscript for."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
 def _too_large(path: Path) -> InputError:
     limit = f"{Image.MAX_IMAGE_PIXELS:,}" if Image.MAX_IMAGE_PIXELS else "the allowed number of"
     return InputError(f"image {path} has more than {limit} pixels; scale it down or remove it")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits to 255 where it should scale them.
         values = np.asarray(image).astype(np.int64)
@@ -75,6 +81,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point grey values; 8 or 16 bits are supported")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        behind = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
     return image.convert("RGB")

@@ -23,6 +23,8 @@ class ImageSet(ABC):
 
     targets: Tensor
     shape: tuple[int, int, int]
+    corners: Tensor | None = None
+    """(N,) int64 on the CPU: which of `decoys.CORNERS` an image's patch is in; None where images have none."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -37,11 +39,18 @@ class ImageSet(ABC):
 
 
 class TensorImages(ImageSet):
-    """Images in memory: `images` (N, ch, s, s) uint8 and `targets` (N,) on the CPU."""
+    """Images in memory: `images` (N, ch, s, s) uint8 and `targets` (N,) on the CPU.
 
-    def __init__(self, images: Tensor, targets: Tensor) -> None:
+    `files` are those that they were decoded from, if so; `corners` as for every `ImageSet`.
+    """
+
+    def __init__(
+        self, images: Tensor, targets: Tensor, *, files: "FileImages | None" = None, corners: Tensor | None = None
+    ) -> None:
         self.images = images
         self.targets = targets
+        self.files = files
+        self.corners = corners
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self._copies: dict[torch.device, Tensor] = {images.device: images}
 
@@ -49,7 +58,12 @@ class TensorImages(ImageSet):
         return self.images[index]
 
     def subset(self, indices: Tensor) -> "TensorImages":
-        return TensorImages(self.images[indices], self.targets[indices])
+        return TensorImages(
+            self.images[indices],
+            self.targets[indices],
+            files=None if self.files is None else self.files.subset(indices),
+            corners=None if self.corners is None else self.corners[indices],
+        )
 
     def on(self, device: torch.device) -> Tensor:
         """All images (N, ch, s, s) on `device`; copied there once, whoever asks."""
@@ -69,13 +83,14 @@ class TensorImages(ImageSet):
             # Through floats: torch's own uint8 kernel is off by one level here and there.
             scaled = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
             result.copy_(scaled.round_())
-        return TensorImages(resized, self.targets)
+        return TensorImages(resized, self.targets, files=self.files, corners=self.corners)
 
 
 class FileImages(ImageSet):
-    """Images decoded from `paths` when asked for, always RGB, as `read_square` does."""
+    """Images decoded from `paths` below `root` when asked for, always RGB, as `read_square` does."""
 
-    def __init__(self, paths: Sequence[Path], targets: Tensor, size: int) -> None:
+    def __init__(self, root: Path, paths: Sequence[Path], targets: Tensor, size: int) -> None:
+        self.root = root
         self.paths = paths
         self.targets = targets
         self.size = size
@@ -85,7 +100,7 @@ class FileImages(ImageSet):
         return read_square(self.paths[index], self.size)
 
     def subset(self, indices: Tensor) -> "FileImages":
-        return FileImages([self.paths[i] for i in indices.tolist()], self.targets[indices], self.size)
+        return FileImages(self.root, [self.paths[i] for i in indices.tolist()], self.targets[indices], self.size)
 
     def decoded(self) -> TensorImages:
         """All images in memory, decoded by threads (Pillow lets go of the interpreter lock meanwhile).
@@ -108,7 +123,7 @@ class FileImages(ImageSet):
         ):
             for done in pool.map(decode, starts):
                 progress.update(done)
-        return TensorImages(images, self.targets)
+        return TensorImages(images, self.targets, files=self)
 
 
 class Parts(NamedTuple):

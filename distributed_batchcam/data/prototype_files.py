@@ -36,11 +36,16 @@ def load_prototypes(folder: str | Path, classes: Sequence[str], image_size: int)
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {folder}; name the one with a prototype image per class")
-    paths = _paths_by_class(folder, classes)
+    paths = paths_by_class(folder, classes, "prototype")
     return torch.stack([_read_prototype(paths[name], image_size) for name in classes])
 
 
-def _paths_by_class(folder: Path, classes: Sequence[str]) -> dict[str, Path]:
+def paths_by_class(folder: Path, classes: Sequence[str], kind: str) -> dict[str, Path]:
+    """The one file of each class in a folder, by name as `load_prototypes` says; `kind` is for messages.
+
+    Raises:
+        InputError: a class without a file or with several; a file of no class; classes that share a name.
+    """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if is_image_name(path.name) and path.is_file():
@@ -49,14 +54,14 @@ def _paths_by_class(folder: Path, classes: Sequence[str]) -> dict[str, Path]:
     for name in classes:
         names.setdefault(_key(name), []).append(name)
     if alike := [repr(name) for group in names.values() if len(group) > 1 for name in group]:
-        raise InputError(f"classes {', '.join(alike)} would share a prototype file; rename one")
+        raise InputError(f"classes {', '.join(alike)} would share a {kind} file; rename one")
     if missing := [group[0] for key, group in names.items() if key not in files]:
         wanted = re.sub(_REPLACED, "_", missing[0])
-        raise InputError(f"{folder} holds no prototype of class {', '.join(missing)}; the first would be {wanted}.png")
+        raise InputError(f"{folder} holds no {kind} of class {', '.join(missing)}; the first would be {wanted}.png")
     if extra := [path.name for key, group in files.items() if key not in names for path in group]:
         raise InputError(f"{folder} holds {', '.join(extra)}, of no class; remove or rename it")
     if several := [path.name for group in files.values() if len(group) > 1 for path in group]:
-        raise InputError(f"{folder} holds several prototypes of one class: {', '.join(several)}; keep one")
+        raise InputError(f"{folder} holds several {kind}s of one class: {', '.join(several)}; keep one")
     return {name: files[_key(name)][0] for name in classes}
 
 

@@ -48,7 +48,8 @@ def test_unknown_name_offers_the_nearest():
 
 
 def test_registry_has_the_promised_names():
-    assert list(DATASETS) == ["digits", "mnist", "fashion_mnist", "cifar10", "imagefolder"]
+    decoys = ["decoy_digits", "decoy_mnist", "decoy_fashion_mnist"]
+    assert list(DATASETS) == ["digits", "mnist", "fashion_mnist", "cifar10", "imagefolder", *decoys]
     assert all(len(spec.mean) == len(spec.std) == spec.channels for spec in DATASETS.values())
 
 

@@ -104,10 +104,22 @@ def test_what_is_not_an_image_is_named(tmp_path, content):
         read_rgb(path)
 
 
-def test_parsers_of_uncommon_formats_are_not_run(save):
-    path = save(Image.new("L", (9, 9)), "image.pcx")
+def test_uncommon_formats_are_read_whatever_the_file_is_called(save):
+    path = save(Image.new("L", (9, 9), 77), "image.pcx")
+    assert read_rgb(path.rename(path.with_suffix(".png"))).getpixel((4, 4)) == (77, 77, 77)
+
+
+def test_postscript_is_never_run(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    def fail(*arguments, **options):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fail)
+    path = tmp_path / "image.png"
+    Image.new("RGB", (9, 9)).save(path, format="EPS")
     with pytest.raises(InputError, match=r"image\.png cannot be read"):
-        read_rgb(path.rename(path.with_suffix(".png")))
+        read_rgb(path)
 
 
 def test_missing_image_is_named(tmp_path):

@@ -39,7 +39,7 @@ class Counting(FileImages):
     """Remembers which images were decoded."""
 
     def __init__(self, files):
-        super().__init__(files.paths, files.targets, files.size)
+        super().__init__(files.root, files.paths, files.targets, files.size)
         self.decoded_indices = []
 
     def __getitem__(self, index):
