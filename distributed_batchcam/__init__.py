@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cam import grad_cam
     from .class_sums import ClassCams, class_cams
+    from .explain_run import explain, explain_classes
+    from .explanation_files import save_explanations
+    from .explanations import Explanations
     from .models import create_model
     from .objectives import BatchCAMLoss, ContrastiveCAMLoss, PrototypeLoss
     from .prototypes import compute_prototypes
@@ -25,17 +28,25 @@ _HOMES = {
     "BatchCAMLoss": "objectives",
     "ContrastiveCAMLoss": "objectives",
     "create_model": "models",
+    "explain": "explain_run",
+    "explain_classes": "explain_run",
+    "Explanations": "explanations",
+    "save_explanations": "explanation_files",
 }
 
 __all__ = [
     "BatchCAMLoss",
     "ClassCams",
     "ContrastiveCAMLoss",
+    "Explanations",
     "PrototypeLoss",
     "class_cams",
     "compute_prototypes",
     "create_model",
+    "explain",
+    "explain_classes",
     "grad_cam",
+    "save_explanations",
 ]
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from .config import RunConfig, make_config
+from .data import normalize_images
 from .errors import InputError
 from .models import CAMModel, create_model, load_weights
 
@@ -87,40 +88,78 @@ def save_prototypes(path: Path, prototypes: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, read back from its directory."""
+    """A trained model, read back from its run directory."""
 
-    path: Path
+    path: Path  # the run directory
+    name: str  # what of it was read: "" for the final model, otherwise the checkpoint's name
     config: RunConfig
     model: CAMModel
     classes: tuple[str, ...]
+    channels: int
     image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     prototypes: dict[str, Tensor]
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """(x - mean) / std per channel, as in training, for images (N, ch, h, w) in [0, 1]."""
+        return normalize_images(images, self.mean, self.std)
 
-def load_run(path: Path) -> Run:
-    """Model, configuration and prototypes of a run directory.
+
+def load_run(path: Path, target_layer: str | None = None) -> Run:
+    """Model, configuration and prototypes of a run.
+
+    Args:
+        path: a run directory or its model.safetensors (the final model), or one of its checkpoints.
+        target_layer: explain this layer instead of the run's own.
 
     Raises:
-        InputError: not a run directory, an unfinished run, or files that do not fit together.
+        InputError: not a run, an unfinished run, or files that do not fit together.
     """
-    if not (path / "config.yaml").is_file():
+    if path.name == "model.safetensors" and path.is_file():
+        path = path.parent
+    is_checkpoint = (path / STATE).is_file()
+    run_dir = path.parent.parent if is_checkpoint else path
+    if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
-    if not (path / "model.safetensors").is_file():
-        raise InputError(f"{path} holds an unfinished run: no model.safetensors (batchcam train --resume auto ends it)")
-    config = make_config({}, path / "config.yaml")
+    weights, metadata = _checkpoint_weights(path) if is_checkpoint else _final_weights(path)
+    config = make_config({}, run_dir / "config.yaml")
     try:
-        with safe_open(path / "model.safetensors", "pt") as file:
-            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        classes, image_size, channels = header["classes"], header["image_size"], header["channels"]
-        prototypes = load_file(path / "prototypes.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        classes, channels, size = tuple(metadata["classes"]), int(metadata["channels"]), int(metadata["image_size"])
+        mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
+        prototypes = load_file(run_dir / "prototypes.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{path}: the model cannot be read: {error}") from error
-    model = create_model(
-        config.model, len(classes), channels, image_size, pretrained=False, target_layer=config.target_layer
-    )
-    load_weights(model, weights, str(path / "model.safetensors"))
-    return Run(path, config, model.eval(), tuple(classes), image_size, prototypes)
+    layer = config.target_layer if target_layer is None else target_layer
+    model = create_model(config.model, len(classes), channels, size, pretrained=False, target_layer=layer)
+    load_weights(model, weights, str(path))
+    name = path.name if is_checkpoint else ""
+    return Run(run_dir, name, config, model.eval(), classes, channels, size, mean, std, prototypes)
+
+
+def _final_weights(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a finished run."""
+    file = run_dir / "model.safetensors"
+    if not file.is_file():
+        newest = max((run_dir / "checkpoints").glob("*"), default=None)
+        hint = f"; its newest checkpoint is {newest}" if newest else ""
+        raise InputError(
+            f"{run_dir} holds an unfinished run: no model.safetensors (batchcam train --resume auto ends it{hint})"
+        )
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+            return {key: opened.get_tensor(key) for key in opened.keys()}, metadata  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{file}: the model cannot be read: {error}") from error
+
+
+def _checkpoint_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights (the moving average, where there is one) and metadata of a checkpoint."""
+    state = load_checkpoint(path)
+    if "metadata" not in state:
+        raise InputError(f"checkpoint {path} is of an older version, which did not note its classes")
+    return state["model"] if state["ema"] is None else state["ema"], state["metadata"]
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

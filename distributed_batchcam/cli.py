@@ -9,12 +9,17 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from .config import REGISTRIES, RunConfig, make_config
 from .errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from .explanations import Explanations
+
+_LINES = 20  # about explained images
 
 _DONE, _FAULT, _BAD_INPUT, _INTERRUPTED, _TERMINATED = 0, 1, 2, 130, 143
 
@@ -98,18 +103,101 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    """accuracy and explanation quality of a finished run"""
-    parser = _command_parser("evaluate", "Evaluate the model of a run directory.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--split", choices=["test", "valid"], default="test", help="image set (default: test)")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    """accuracy, calibration and explanation quality of a run or checkpoint"""
+    parser = _command_parser("evaluate", "Evaluate the model of a run directory, or one of its checkpoints.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR|CHECKPOINT")
+    _add_data_options(parser)
+    parser.add_argument(
+        "--masks",
+        metavar="foreground|none|FOLDER",
+        help="what relevance is measured against: bright pixels, nothing, or your own masks, an image per class or "
+        "per image (default: foreground where the background is black)",
+    )
+    parser.add_argument(
+        "--threshold", type=_share, metavar="N", help="grey value above which a pixel is foreground (default: 0.1)"
+    )
+    parser.add_argument(
+        "--subset",
+        type=_positive,
+        metavar="N",
+        help="images, all classes alike, for the costly figures: deletion, insertion, sensitivity (default: 500)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: the run directory)")
+    options = {name: value for name, value in vars(_parse(parser, arguments)).items() if value is not None}
+
+    from .evaluate_run import EvaluationOptions, evaluate_run
+
+    figures = evaluate_run(options.pop("run"), EvaluationOptions(**options))
+    if _is_main_process():
+        print(json.dumps(figures, indent=2))
+    return _DONE
+
+
+def _explain(arguments: list[str]) -> int:
+    """what a model sees: in images, or in each class as a whole"""
+    parser = _command_parser(
+        "explain",
+        "Explain single images, files or those of a data set. Without either: class-level maps of a whole image set.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR|CHECKPOINT")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files of any format and size")
+    _add_data_options(parser)
+    parser.add_argument(
+        "--index", nargs="+", type=_position, metavar="N", help="images of the data set: 7, or a slice 0:100"
+    )
+    parser.add_argument("--target", metavar="CLASS", help="class of the image files, if known")
+    parser.add_argument("--layer", metavar="NAME", help="explain this layer instead of the run's own")
+    parser.add_argument("--sheet", action="store_true", help="small pictures on sheets instead of one per image")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the files (default: within the run's)")
+    options = _parse(parser, arguments)
+    of_data = {name: getattr(options, name) for name in ("split", "dataset", "data_root") if getattr(options, name)}
+    if options.images and (options.index or of_data):
+        raise InputError(
+            "IMAGE is a file, --split, --index, --dataset and --data-root name images of a data set: choose"
+        )
+    if options.target and not options.images:
+        raise InputError("--target is for image files: images of a data set come with their class")
+    if options.sheet and not (options.images or options.index):
+        raise InputError("--sheet is for single images: name files, or --index")
+
+    from .checkpoint import load_run
+    from .explain_run import explain, explain_classes
+    from .explanation_files import free_folder, save_class_explanations, save_explanations
+
+    run = load_run(options.run, options.layer)
+    folder = options.out or free_folder(run.path)
+    device = options.device or "auto"
+    if options.images or options.index:
+        chosen = {"images": options.images} if options.images else {"indices": options.index, **of_data}
+        explanations = explain(run, **chosen, target=options.target, device=device)
+        written = save_explanations(explanations, folder, sheet=options.sheet)
+        print(_explanation_lines(explanations))
+    else:
+        evaluation = explain_classes(run, **of_data, device=device)
+        title = f"{run.path.name}: {evaluation.accuracy:.2f} % right"
+        written = [save_class_explanations(evaluation, run.classes, folder, title)]
+    print(f"batchcam: {written[0] if len(written) == 1 else f'{len(written):,} pictures'} in {folder}")
+    return _DONE
+
+
+def _report(arguments: list[str]) -> int:
+    """one HTML file about a run, or a table and plots of several"""
+    parser = _command_parser("report", "Make a self-contained HTML file from run directories alone.")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, or folders that hold some at any depth"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.html",
+        help="default: report.html in the run directory, of several in the current folder; an older report is replaced",
+    )
     options = _parse(parser, arguments)
 
-    from .evaluate_run import evaluate_run
+    from .report.html import write_report
 
-    figures = evaluate_run(options.run, options.split, options.data_root, options.device)
-    print(json.dumps(figures, indent=2))
+    print(f"batchcam: report in {write_report(options.runs, options.output)}")
     return _DONE
 
 
@@ -126,7 +214,13 @@ def _doctor(arguments: list[str]) -> int:
     return _DONE
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "explain": _explain,
+    "report": _report,
+    "doctor": _doctor,
+}
 
 
 # Parsing -------------------------------------------------------------------------------------------------
@@ -146,6 +240,35 @@ def _parse(parser: _Parser, arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _add_data_options(parser: _Parser) -> None:
+    """Which images a trained model is to look at, and where."""
+    parser.add_argument("--split", choices=["test", "valid", "train"], help="image set (default: test)")
+    parser.add_argument("--dataset", metavar="NAME", help="another data set with the same classes")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: auto")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _position(text: str) -> int | slice:
+    """`7`, or a slice `START:STOP` or `START:STOP:STEP`, as Python has them."""
+    if ":" not in text:
+        return int(text)
+    return slice(*(int(part) if part else None for part in text.split(":", 2)))
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text}")
+    return value
+
+
 def _add_option(parser: _Parser, name: str, field: FieldInfo) -> None:
     """One flag for one field of the configuration; values stay text, the configuration checks them."""
     flag = f"--{name.replace('_', '-')}"
@@ -156,7 +279,7 @@ def _add_option(parser: _Parser, name: str, field: FieldInfo) -> None:
         text += f" ({', '.join(literals)})"
     elif name in REGISTRIES and {"-h", "--help"} & set(sys.argv):
         text += f" ({', '.join(REGISTRIES[name]())})"
-    if field.default not in (None, False):
+    if field.default not in (None, False, ()):
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" [{default}]"
     common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
@@ -164,6 +287,8 @@ def _add_option(parser: _Parser, name: str, field: FieldInfo) -> None:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     elif bool in types:
         parser.add_argument(flag, nargs="?", const=True, metavar="FILE", **common)
+    elif get_origin(types[0]) is tuple and Ellipsis in get_args(types[0]):
+        parser.add_argument(flag, nargs="+", metavar=_metavar([get_args(types[0])[0]]), **common)
     elif get_origin(types[0]) is tuple:
         parser.add_argument(flag, nargs=len(get_args(types[0])), metavar=("α", "β", "γ"), **common)
     else:
@@ -181,7 +306,8 @@ def _alternatives(annotation: Any) -> list[Any]:
 def _metavar(types: list[Any]) -> str:
     if any(get_origin(kind) is Literal for kind in types):
         return "NAME"
-    return {Path: "PATH", str: "NAME"}.get(types[0], "N")
+    kind = get_args(types[0])[0] if get_origin(types[0]) is Annotated else types[0]
+    return {Path: "PATH", str: "NAME"}.get(kind, "N")
 
 
 # Output --------------------------------------------------------------------------------------------------
@@ -194,6 +320,24 @@ def _summary_lines(summary: dict[str, Any]) -> str:
         f"CAM SSIM {summary['cam_ssim']:.3f}, class CAM SSIM {summary['class_cam_ssim']:.3f}; "
         f"{summary['images_per_second']:,.0f} images/s, {summary['train_seconds']:.1f} s of training"
     )
+
+
+def _explanation_lines(explanations: "Explanations") -> str:
+    """A line for each of the first images."""
+    classes, lines = explanations.classes, []
+    for index, name in enumerate(explanations.names[:_LINES]):
+        line = f"{name}: {classes[explanations.predicted[index]]}, {100 * explanations.confidence[index]:.1f} %"
+        if explanations.targets is not None and explanations.targets[index] != explanations.predicted[index]:
+            line += f", target {classes[explanations.targets[index]]}"
+        if explanations.constant[index]:
+            line += "; its map is constant"
+        else:
+            nearest = int(explanations.l1[index].argmin())
+            line += f"; looks most like {classes[nearest]} (L1 {explanations.l1[index, nearest]:.3f})"
+        lines.append(" ".join(line.split()))
+    if len(explanations) > _LINES:
+        lines.append(f"… and {len(explanations) - _LINES:,} more")
+    return "\n".join(lines)
 
 
 def _is_main_process() -> bool:

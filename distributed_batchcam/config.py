@@ -25,6 +25,9 @@ from pydantic import (
 from .errors import InputError, unknown_name
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+# As long as W&B takes them.
+Group = Annotated[str, Field(min_length=1, max_length=128)]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 def _dataset_names() -> Iterable[str]:
@@ -50,7 +53,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     dataset: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10, or imagefolder (any folder of class folders)."""
+    """Data set: digits, mnist, fashion_mnist, cifar10, imagefolder (any folder of class folders), or decoy_digits,
+    decoy_mnist, decoy_fashion_mnist (a patch gives the class away in training, and lies in the test)."""
     data_root: Path | None = None
     """Folder of the data sets; otherwise $BATCHCAM_DATA, otherwise data/."""
     image_size: PositiveInt | None = None
@@ -137,6 +141,10 @@ class RunConfig(BaseModel):
     """Optimizer steps between two lines of metrics."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     """Send metrics there too; metrics.jsonl is always written."""
+    group: Group | None = None
+    """wandb: group that the run belongs to, such as a sweep."""
+    tags: tuple[Tag, ...] = ()
+    """wandb: tags of the run, separated by spaces."""
     debug: bool = False
     """One process, a few hundred samples, deterministic, anomaly detection, and a verdict at the end."""
 
@@ -166,6 +174,8 @@ class RunConfig(BaseModel):
             raise InputError(f"--weight 0 makes {self.objective} a baseline: say --objective baseline, or raise it")
         if self.class_weight == 0 and (self.weight == 0 or self.objective == "baseline"):
             raise InputError("--class-weight 0 leaves nothing to train on")
+        if self.tracker != "wandb" and (self.group is not None or self.tags):
+            raise InputError(f"--{'tags' if self.tags else 'group'} is for --tracker wandb: add that, or leave it out")
         if self.resume == "auto" and self.out is None:
             raise InputError("--resume auto needs --out RUN_DIR: the run to continue")
         return self

@@ -55,29 +55,54 @@ def ssim(x: Tensor, y: Tensor, exponents: tuple[float, float, float] = (1.0, 1.0
     """
     if x.shape != y.shape or x.ndim != 3:
         raise ValueError(f"maps must have one shape (N, h, w) in common, got {tuple(x.shape)} and {tuple(y.shape)}")
-    alpha, beta, gamma = exponents
     if min(exponents) < 0:
         raise ValueError(f"SSIM exponents must not be negative, got {exponents}")
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        x, y = x.to(dtype), y.to(dtype)
+        x, y = _same_dtype(x, y)
         moments = _blur(torch.stack([x, y, x * x, y * y, x * y], 1))
-        mean_x, mean_y, mean_xx, mean_yy, mean_xy = moments.unbind(1)
-        var_x, var_y = mean_xx - mean_x.square(), mean_yy - mean_y.square()
-        cov = mean_xy - mean_x * mean_y
-        luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x.square() + mean_y.square() + SSIM_C1)
-        # c·s in closed form: the σ_xσ_y of c's numerator and s's denominator cancel, since C3 = C2/2.
-        contrast_structure = (2 * cov + SSIM_C2) / (var_x + var_y + SSIM_C2)
-        value = _power(luminance, alpha) * _power(contrast_structure, gamma)
-        if beta != gamma:
-            # √ has an infinite slope at 0, where flat regions (a CAM's zeros) lie. Variances within rounding
-            # error of 0 count as 0, without a gradient; the inner `where` keeps the root's NaN out of it.
-            textured = torch.minimum(var_x, var_y) > 4 * torch.finfo(dtype).eps
-            product = torch.where(textured, var_x * var_y, torch.ones_like(var_x))
-            deviations = torch.where(textured, product.sqrt(), torch.zeros_like(product))
-            contrast = (2 * deviations + SSIM_C2) / (var_x + var_y + SSIM_C2)
-            value = value * contrast.pow(beta - gamma)
-        return value.mean((1, 2))
+        return _similarity(exponents, *moments.unbind(1))
+
+
+def ssim_to_each(maps: Tensor, prototypes: Tensor) -> Tensor:
+    """`ssim` of every map (N, h, w) and every prototype (C, h, w), as (N, C); what belongs to one is blurred once."""
+    with torch.autocast(maps.device.type, enabled=False):
+        x, y = _same_dtype(maps, prototypes)
+        mean_x, mean_xx = _blur(torch.stack([x, x * x], 1)).unbind(1)
+        mean_y, mean_yy = _blur(torch.stack([y, y * y], 1)).unbind(1)
+        mean_xy = _blur(x[:, None] * y[None])
+        return _similarity((1, 1, 1), mean_x[:, None], mean_y[None], mean_xx[:, None], mean_yy[None], mean_xy)
+
+
+def _same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(dtype), y.to(dtype)
+
+
+def _similarity(
+    exponents: tuple[float, float, float],
+    mean_x: Tensor,
+    mean_y: Tensor,
+    mean_xx: Tensor,
+    mean_yy: Tensor,
+    mean_xy: Tensor,
+) -> Tensor:
+    """SSIM from the blurred moments (…, h, w) of two maps, mean over (h, w)."""
+    alpha, beta, gamma = exponents
+    var_x, var_y = mean_xx - mean_x.square(), mean_yy - mean_y.square()
+    cov = mean_xy - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x.square() + mean_y.square() + SSIM_C1)
+    # c·s in closed form: the σ_xσ_y of c's numerator and s's denominator cancel, since C3 = C2/2.
+    contrast_structure = (2 * cov + SSIM_C2) / (var_x + var_y + SSIM_C2)
+    value = _power(luminance, alpha) * _power(contrast_structure, gamma)
+    if beta != gamma:
+        # √ has an infinite slope at 0, where flat regions (a CAM's zeros) lie. Variances within rounding
+        # error of 0 count as 0, without a gradient; the inner `where` keeps the root's NaN out of it.
+        textured = torch.minimum(var_x, var_y) > 4 * torch.finfo(mean_x.dtype).eps
+        product = torch.where(textured, var_x * var_y, torch.ones_like(var_x))
+        deviations = torch.where(textured, product.sqrt(), torch.zeros_like(product))
+        contrast = (2 * deviations + SSIM_C2) / (var_x + var_y + SSIM_C2)
+        value = value * contrast.pow(beta - gamma)
+    return value.mean((-2, -1))
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:

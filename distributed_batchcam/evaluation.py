@@ -1,138 +1,233 @@
-"""Accuracy and explanation quality of a model on an image set, exact over ranks."""
+"""Accuracy and explanation quality of a model on an image set, exact over ranks.
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+Every rank writes the figures of its own images into a table over the whole set; one all-reduce joins the tables,
+whoever had which image. What is measured stands in `measures`.
+"""
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from .cam import channel_weights, normalize_maps, weighted_activations
 from .class_sums import ClassSums, cams_of_sums
 from .collectives import world_size
-from .data import Data, Loader
-from .distances import l1_distance, resize_maps, ssim
-from .models import CAMModel
+from .data import Loader
+from .distances import resize_maps, ssim
+from .explainer import Explainer, frozen
+from .measures import BASIC, FIGURES, ExplainedBatch, Measure
+from .metrics.classification import Calibration, calibration, confusion_matrix
+from .metrics.maps import consistency, unit_maps
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over an image set; explanation figures are of the target class's map."""
+    """Figures over an image set of N images; all tensors on the CPU."""
 
-    samples: int
-    accuracy: float  # percent
-    loss: float  # mean cross-entropy
-    cam_l1: float  # mean over images of mean |resize(M_i) - P[y_i]|
-    cam_ssim: float  # mean over images of SSIM(resize(M_i), P[y_i])
-    class_cam_ssim: float  # mean over present classes of SSIM(resize(M̄_c), P_c), M̄_c over the whole set
-    class_maps: Tensor  # (C, h, w) resize(M̄_c), on the CPU
+    targets: Tensor  # (N,)
+    per_image: dict[str, Tensor]  # (N,) float64 each
+    prototypes: Tensor  # (C, h, w)
+    class_maps: Tensor  # (C, h, w) M̄_c over all images of class c, at the prototypes' size
+    right_maps: Tensor  # (C, h, w) over the images of class c that were classified correctly
+    wrong_maps: Tensor  # (C, h, w) over those that were not
+    consistencies: Tensor  # (C,)
 
-    def figures(self) -> dict[str, float]:
-        """The numbers alone, by name."""
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def accuracy(self) -> float:
+        """Percent."""
+        return float(self.per_image["accuracy"].mean())
+
+    @property
+    def predicted(self) -> Tensor:
+        """(N,) int64"""
+        return self.per_image["predicted"].long()
+
+    @property
+    def right(self) -> Tensor:
+        """(N,) bool: whether each prediction is right."""
+        return self.predicted == self.targets
+
+    @cached_property
+    def class_similarities(self) -> Tensor:
+        """(C,) SSIM(M̄_c, P_c), NaN for classes without an image."""
+        return self.similarities(self.class_maps, self.class_counts())
+
+    def similarities(self, maps: Tensor, counts: Tensor) -> Tensor:
+        """(C,) SSIM of maps (C, h, w) and the prototypes, NaN where a count (C,) is 0."""
+        return ssim(maps, self.prototypes).masked_fill(counts == 0, torch.nan)
+
+    def class_counts(self, which: Tensor | None = None) -> Tensor:
+        """(C,) images per class, of those that `which` (N,) bool names."""
+        targets = self.targets if which is None else self.targets[which]
+        return torch.bincount(targets, minlength=len(self.prototypes))
+
+    def class_rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Class maps (C, h, w) of all images, the right and the wrong ones, each with its counts (C,)."""
         return {
-            "accuracy": self.accuracy,
-            "loss": self.loss,
-            "cam_l1": self.cam_l1,
-            "cam_ssim": self.cam_ssim,
-            "class_cam_ssim": self.class_cam_ssim,
+            "all": (self.class_maps, self.class_counts()),
+            "right": (self.right_maps, self.class_counts(self.right)),
+            "wrong": (self.wrong_maps, self.class_counts(~self.right)),
         }
+
+    def calibration(self) -> Calibration:
+        """Predictions by confidence."""
+        return calibration(self.per_image["confidence"], self.right)
+
+    def confusion(self) -> Tensor:
+        """(C, C), rows are targets."""
+        return confusion_matrix(self.targets, self.predicted, len(self.prototypes))
+
+    def figures(self) -> dict[str, float | None]:
+        """Every figure of `FIGURES` that was measured, by name; None where no image defines it."""
+        found = {name: float(values.nanmean()) for name, values in self.per_image.items() if name in FIGURES}
+        found["ece"] = 100 * self.calibration().error
+        found["class_cam_ssim"] = float(self.class_similarities.nanmean())
+        found["class_consistency"] = float(self.consistencies.nanmean())
+        found["constant_maps"] = int(self.per_image["constant_maps"].sum())
+        return _in_order(found)
+
+    def figures_by_class(self) -> list[dict[str, float | None]]:
+        """Per class: `samples`, and the figures that are means over images or belong to classes."""
+        rows = []
+        for index in range(len(self.prototypes)):
+            chosen = self.targets == index
+            row = {name: float(values[chosen].nanmean()) for name, values in self.per_image.items() if name in FIGURES}
+            row["constant_maps"] = int(self.per_image["constant_maps"][chosen].sum())
+            row["class_cam_ssim"] = float(self.class_similarities[index])
+            row["class_consistency"] = float(self.consistencies[index])
+            rows.append({"samples": int(chosen.sum()), **_in_order(row)})
+        return rows
+
+    def confident_mistakes(self, most: int) -> Tensor:
+        """Positions (m,), m ≤ `most`, of wrong predictions, the most confident first."""
+        wrong = (~self.right).nonzero()[:, 0]
+        return wrong[self.per_image["confidence"][wrong].argsort(descending=True, stable=True)[:most]]
+
+
+def _progress_bar(loader: Loader, shown: bool) -> "tqdm[Any]":
+    return tqdm(
+        total=len(loader.images),
+        desc="evaluating",
+        unit=" images",
+        # None: quiet where there is no terminal.
+        disable=None if shown and loader.rank == 0 else True,
+        dynamic_ncols=True,
+        leave=False,
+    )
+
+
+def _in_order(found: dict[str, float]) -> dict[str, float | None]:
+    """In the order of `FIGURES`; None for what is not a number."""
+    return {name: found[name] if math.isfinite(found[name]) else None for name in FIGURES if name in found}
 
 
 def evaluate(
-    model: CAMModel,
+    explainer: Explainer,
     loader: Loader,
-    data: Data,
     prototypes: Tensor,
+    measures: Sequence[Measure] = BASIC,
     *,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    progress: bool = False,
 ) -> Evaluation:
-    """Evaluate a model in one pass: every sample counts once, whatever the number of ranks.
-
-    Each rank adds up its own samples; one all-reduce at the end joins them. Distances to prototypes are what
-    the objectives optimise, hence no independent evidence of right reasons.
+    """Evaluate a model in one pass: every image counts once, whatever the number of ranks.
 
     Args:
-        model: put into eval mode; its mode is restored.
+        explainer: the model; its weights and mode are restored.
         loader: of the image set, without shuffling, this rank's share.
-        data: for the normalisation of the images.
         prototypes: (C, h, w) on the model's device.
-        autocast: makes the context for each forward pass.
+        measures: what to measure beside the class maps, `predictions` and `closeness` among them.
+        progress: show it, where there is a terminal.
     """
-    size = (prototypes.shape[1], prototypes.shape[2])
-    totals = torch.zeros(5, dtype=torch.float64, device=prototypes.device)
-    sums: ClassSums | None = None
-    was_training = model.training
-    model.eval()
-    with _frozen(model), torch.enable_grad():
+    classes, size = len(prototypes), (prototypes.shape[1], prototypes.shape[2])
+    table: dict[str, Tensor] = {}
+    sums: _Sums | None = None
+    with frozen(explainer.model), _progress_bar(loader, progress) as bar:
         for batch in loader.epoch():
-            with autocast():
-                output = model(data.normalize(batch.images))
+            output = explainer(batch.images)
             weights = channel_weights(
                 output.logits, output.features, batch.targets, channel_offset=output.channel_offset
             )
             features = output.features.detach()
-            maps = normalize_maps(weighted_activations(weights, features).relu())
-            maps = resize_maps(maps, size)
-            targets = prototypes[batch.targets]
-            logits = output.logits.detach()
-            totals += torch.stack(
-                [
-                    totals.new_tensor(len(logits)),
-                    (logits.argmax(1) == batch.targets).sum(),
-                    F.cross_entropy(logits, batch.targets, reduction="sum"),
-                    l1_distance(maps, targets).sum(),
-                    ssim(maps, targets).sum(),
-                ]
-            )
+            maps = resize_maps(normalize_maps(weighted_activations(weights, features).relu()), size)
+            explained = ExplainedBatch(explainer, batch, output, maps, prototypes)
+            places = batch.indices.to(prototypes.device, non_blocking=True)
+            for measure in measures:
+                for name, values in measure(explained).items():
+                    if name not in table:
+                        table[name] = torch.zeros(len(loader.images), dtype=torch.float64, device=prototypes.device)
+                    table[name].index_copy_(0, places, values.double())
             if sums is None:
-                sums = _no_sums(len(prototypes), features)
-            sums.counts.index_add_(0, batch.targets, sums.counts.new_ones(len(logits)))
-            sums.weights.index_add_(0, batch.targets, weights.double())
-            sums.features.index_add_(0, batch.targets, features.double())
-    model.train(was_training)
+                sums = _Sums.zeros(classes, features, maps)
+            right = output.logits.detach().argmax(1) == batch.targets
+            sums.add(batch.targets, right, weights, features, maps)
+            bar.update(batch.batch_size)
     assert sums is not None, "a loader yields every global batch on every rank"
-    totals, sums = _over_ranks(totals, sums)
-
-    cams = cams_of_sums(sums)
-    class_maps = resize_maps(normalize_maps(cams.maps), size)
-    similarities = ssim(class_maps, prototypes.double())[cams.counts > 0]
-    count, right, loss, l1, similarity = totals.tolist()
-    return Evaluation(
-        samples=round(count),
-        accuracy=100 * right / count,
-        loss=loss / count,
-        cam_l1=l1 / count,
-        cam_ssim=similarity / count,
-        class_cam_ssim=similarities.mean().item(),
-        class_maps=class_maps.float().cpu(),
-    )
+    _sum_over_ranks([*table.values(), *sums])
+    return _evaluation(loader.images.targets, table, sums, prototypes)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the weights: the graph then holds the head alone, from the features on."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+class _Sums(NamedTuple):
+    """What class maps and their consistency are made of; of class c right at c, wrong at C + c."""
+
+    counts: Tensor  # (2C,)
+    weights: Tensor  # (2C, K)
+    features: Tensor  # (2C, K, H, W)
+    maps: Tensor  # (C, h, w) sums of unit maps
+    nonzero: Tensor  # (C,)
+
+    @classmethod
+    def zeros(cls, classes: int, features: Tensor, maps: Tensor) -> "_Sums":
+        """In float64: over a whole set, float32 would show its rounding."""
+        shape = features.shape[1:]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=features.device)
+
+        twice = 2 * classes
+        return cls(
+            zeros(twice), zeros(twice, shape[0]), zeros(twice, *shape), zeros(classes, *maps.shape[1:]), zeros(classes)
+        )
+
+    def add(self, targets: Tensor, right: Tensor, weights: Tensor, features: Tensor, maps: Tensor) -> None:
+        groups = torch.where(right, targets, targets + len(self.nonzero))
+        self.counts.index_add_(0, groups, self.counts.new_ones(len(groups)))
+        self.weights.index_add_(0, groups, weights.double())
+        self.features.index_add_(0, groups, features.double())
+        self.maps.index_add_(0, targets, unit_maps(maps).double())
+        self.nonzero.index_add_(0, targets, (maps.amax((1, 2)) > 0).double())
 
 
-def _no_sums(num_classes: int, features: Tensor) -> ClassSums:
-    """Sums in float64: over a whole set, float32 would show its rounding."""
-    zeros = features.new_zeros((num_classes, *features.shape[1:]), dtype=torch.float64)
-    return ClassSums(zeros[:, 0, 0, 0].clone(), zeros[:, :, 0, 0].clone(), zeros)
-
-
-def _over_ranks(totals: Tensor, sums: ClassSums) -> tuple[Tensor, ClassSums]:
+def _sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Each tensor replaced by its sum over the ranks, in one collective."""
     if world_size() == 1:
-        return totals, sums
-    parts = [totals, *sums]
-    flat = torch.cat([part.flatten() for part in parts])
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
-    joined = [part.view_as(like) for part, like in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-    return joined[0], ClassSums(*joined[1:])
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def _evaluation(targets: Tensor, table: dict[str, Tensor], sums: _Sums, prototypes: Tensor) -> Evaluation:
+    classes, size = len(prototypes), (prototypes.shape[1], prototypes.shape[2])
+    right, wrong = (ClassSums(*(part[half] for part in sums[:3])) for half in (slice(classes), slice(classes, None)))
+    both = ClassSums(*(a + b for a, b in zip(right, wrong, strict=True)))
+    all_maps, right_maps, wrong_maps = (
+        resize_maps(normalize_maps(cams_of_sums(part).maps), size).float().cpu() for part in (both, right, wrong)
+    )
+    return Evaluation(
+        targets=targets,
+        per_image={name: values.cpu() for name, values in table.items()},
+        prototypes=prototypes.float().cpu(),
+        class_maps=all_maps,
+        right_maps=right_maps,
+        wrong_maps=wrong_maps,
+        consistencies=consistency(sums.maps, sums.nonzero, both.counts).cpu(),
+    )

@@ -14,7 +14,7 @@ from .errors import InputError
 # What may differ between a run and its continuation without changing what is computed.
 FREE_ON_RESUME = {
     *("out", "resume", "data_root", "cache_images", "workers", "device", "precision", "compile", "channels_last"),
-    *("keep_checkpoints", "log_every", "tracker"),
+    *("keep_checkpoints", "log_every", "tracker", "group", "tags"),
 }
 
 

@@ -27,7 +27,7 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
     launched = _launched_processes()
     if config.debug and launched > 1:
         raise InputError(f"--debug is for one process, {launched} were launched: start it without a launcher")
-    cpu = _use_cpu(config)
+    cpu = _use_cpu(config.device)
     if config.precision == "fp16" and cpu:
         raise InputError("--precision fp16 needs a GPU: use bf16 or no")
     if config.sync_batchnorm and cpu:
@@ -121,9 +121,20 @@ def _launched_processes() -> int:
     return 1
 
 
-def _use_cpu(config: RunConfig) -> bool:
-    if config.device == "cuda" and not torch.cuda.is_available():
+def choose_device(name: str) -> torch.device:
+    """The device of work for one process: `cpu`, `cuda`, or `auto`, the GPU if there is one.
+
+    Raises:
+        InputError: no such device, or a launcher that started several processes.
+    """
+    if _launched_processes() > 1:
+        raise InputError("this is work for one process: start it without a launcher")
+    return torch.device("cpu" if _use_cpu(name) else "cuda")
+
+
+def _use_cpu(device: str) -> bool:
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU is visible here (batchcam doctor says more)")
-    if config.device == "auto":
+    if device == "auto":
         return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    return config.device == "cpu"
+    return device == "cpu"

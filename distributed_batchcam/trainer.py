@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -14,15 +15,18 @@ from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
 from .config import RunConfig
-from .data import DATASETS, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
+from .data import DATASETS, FOREGROUND, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
 from .errors import InputError
 from .evaluation import Evaluation, evaluate
+from .evaluation_files import explain_mistakes, save_evaluation
+from .explainer import Explainer
+from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
 from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
-from .report.figures import save_class_maps
+from .report.html import write_report
 from .run_directory import RunDirectory
 from .runtime import average_buffers, decided_by_main, describe, main_first, start_accelerator
 from .tracking import MetricsFile, SafeTracker
@@ -141,8 +145,9 @@ class Trainer:
             self.run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "config.yaml", self._resolved_config().to_yaml().encode())
             save_prototypes(path / "prototypes.safetensors", self.prototypes)
-            self.metrics = MetricsFile(path / "metrics.jsonl", self.progress.step if resumed else None)
-            self.tracker = SafeTracker(self.config, path)
+            last_step = self.progress.step if resumed else None
+            self.metrics = MetricsFile(path / "metrics.jsonl", last_step)
+            self.tracker = SafeTracker(self._resolved_config(), path, last_step)
             print(self._headline(), flush=True)
         self.accelerator.wait_for_everyone()
 
@@ -170,12 +175,16 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, evaluate, and write what a finished run leaves."""
-        with self._progress_bar() as bar:
-            while self.progress.epoch < self.config.epochs:
-                self.train_epoch(bar)
-                self.validate_epoch()
-                self.save_checkpoint()
-        summary = self.finish()
+        try:
+            with self._progress_bar() as bar:
+                while self.progress.epoch < self.config.epochs:
+                    self.train_epoch(bar)
+                    self.validate_epoch()
+                    self.save_checkpoint()
+            summary = self.finish()
+        finally:
+            if self.tracker is not None:
+                self.tracker.close()
         if self.debug is not None:
             summary["debug_passed"] = self.debug.verdict()
         return summary
@@ -245,36 +254,45 @@ class Trainer:
     def validate_epoch(self) -> None:
         """Evaluate on the validation set and remember the best epoch."""
         result = self.evaluate("valid")
+        figures = result.figures()
+        if figures["loss"] is None:
+            raise FloatingPointError("the validation loss is not finite: lower --lr or --weight, or set --clip-norm")
         if result.accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = result.accuracy, self.progress.epoch
-        self._log({"split": "valid", **result.figures()})
+        self._log({"split": "valid", **figures})
+        if self.tracker is not None:
+            prototypes, step = self.prototypes["valid"], self.progress.step
+            self.tracker.show_class_maps(prototypes, result.class_maps, self.data.classes, step)
         if self.accelerator.is_main_process:
             rate = self.progress.images / max(self.progress.seconds, 1e-9)
             tqdm.write(
-                f"epoch {self.progress.epoch}/{self.config.epochs}: validation accuracy {result.accuracy:.2f} %, "
-                f"loss {result.loss:.4f}, CAM L1 {result.cam_l1:.4f}, CAM SSIM {result.cam_ssim:.3f}, "
-                f"class CAM SSIM {result.class_cam_ssim:.3f} ({rate:,.0f} images/s)"
+                f"epoch {self.progress.epoch}/{self.config.epochs}: validation accuracy {figures['accuracy']:.2f} %, "
+                f"loss {figures['loss']:.4f}, CAM L1 {figures['cam_l1']:.4f}, CAM SSIM {figures['cam_ssim']:.3f}, "
+                f"class CAM SSIM {figures['class_cam_ssim']:.3f} ({rate:,.0f} images/s)"
             )
 
-    def evaluate(self, split: str) -> Evaluation:
+    def evaluate(self, split: str, measures: Sequence[Measure] = BASIC) -> Evaluation:
         """Evaluate the weights that count (the moving average, where there is one) on `valid` or `test`."""
-        model = self._weights_that_count()
         loader = self._loader(getattr(self.data, split), EVALUATION_BATCH)
         prototypes = self.prototypes["valid"].to(self.accelerator.device)
-        return evaluate(model, loader, self.data, prototypes, autocast=self.accelerator.autocast)
+        return evaluate(self._explainer(), loader, prototypes, measures)
+
+    def _explainer(self) -> Explainer:
+        return Explainer(self._weights_that_count(), self.data.normalize, self.accelerator.autocast)
 
     def finish(self) -> dict[str, Any]:
         """Final figures and files."""
-        test = self.evaluate("test")
+        masks = default_masks(self.config.dataset, self.data.test)
+        test = self.evaluate("test", map_measures(len(self.data.test), self.data.num_classes, masks))
         model = self._weights_that_count()
-        last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         best = test
         if self.progress.best_epoch != self.progress.epoch:
+            last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
             state = load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
             model.load_state_dict(state["ema" if self.ema is not None else "model"])
             best = self.evaluate("test")
             model.load_state_dict(last)
-        config, progress = self.config, self.progress
+        config, progress, figures = self.config, self.progress, test.figures()
         summary = {
             "model": config.model,
             "dataset": config.dataset,
@@ -286,15 +304,13 @@ class Trainer:
             "world_size": self.accelerator.num_processes,
             "params": self.parameters,
             "gflops": self.gflops,
-            "test_accuracy": test.accuracy,
+            "test_accuracy": figures.pop("accuracy"),
             "best_test_accuracy": best.accuracy,
             "best_epoch": progress.best_epoch,
             "best_valid_accuracy": progress.best_accuracy,
             "validated_on": "test" if self.data.valid is self.data.test else "held-out training images",
-            "test_loss": test.loss,
-            "cam_l1": test.cam_l1,
-            "cam_ssim": test.cam_ssim,
-            "class_cam_ssim": test.class_cam_ssim,
+            "test_loss": figures.pop("loss"),
+            **figures,
             "images_per_second": progress.images / max(progress.seconds, 1e-9),
             "train_seconds": progress.seconds,
             "device": describe(self.accelerator),
@@ -306,8 +322,34 @@ class Trainer:
         return summary
 
     def _write_results(self, model: CAMModel, test: Evaluation, summary: dict[str, Any]) -> None:
+        path, data, config = self.run_dir.path, self.data, self.config
+        save_model(path / "model.safetensors", model, self._metadata())
+        save_evaluation(
+            path,
+            "test",
+            test,
+            explain_mistakes(self._explainer(), data.test, test, data.classes, self.accelerator.device),
+            data.classes,
+            {
+                "run": str(path),
+                "dataset": config.dataset,
+                "split": "test",
+                "mask": f"foreground above {FOREGROUND}" if DATASETS[config.dataset].foreground else None,
+            },
+            f"{data.name} test set, {config.model}, {config.objective}: {test.accuracy:.2f} % right",
+        )
+        write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
+        assert self.metrics is not None
+        assert self.tracker is not None
+        self.metrics.close()
+        write_report([path], path / "report.html")
+        self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, self.progress.step)
+        self.tracker.finish(summary, path)
+
+    def _metadata(self) -> dict[str, Any]:
+        """What is needed beside config.yaml to build the model again, and to feed it."""
         data = self.data
-        metadata = {
+        return {
             "model": self.config.model,
             "classes": list(data.classes),
             "channels": data.channels,
@@ -315,16 +357,6 @@ class Trainer:
             "mean": list(data.mean),
             "std": list(data.std),
         }
-        path = self.run_dir.path
-        save_model(path / "model.safetensors", model, metadata)
-        title = f"{data.name} test set, {self.config.model}, {self.config.objective}: {test.accuracy:.2f} % right"
-        prototypes = self.prototypes["valid"].cpu()
-        save_class_maps(path / "class_maps.png", prototypes, test.class_maps, data.classes, title)
-        write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
-        assert self.metrics is not None
-        assert self.tracker is not None
-        self.metrics.close()
-        self.tracker.finish(summary)
 
     # Checkpoints -------------------------------------------------------------------------------------
 
@@ -333,6 +365,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "config": self._resolved_config().model_dump(mode="json"),
+                "metadata": self._metadata(),
                 "progress": asdict(self.progress),
                 "model": self.model.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),

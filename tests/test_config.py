@@ -12,9 +12,11 @@ from distributed_batchcam.errors import InputError
 
 def test_resolved_yaml_repeats_the_configuration(tmp_path: Path) -> None:
     config = make_config({"lr": "3e-3", "model": "resnet18", "ssim_exponents": ["1", "2", "0.5"], "pretrained": "w.pt"})
+    tracked = make_config({"tracker": "wandb", "group": "a sweep", "tags": ["a", "b c"]})
     file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml())
-    assert make_config({}, file) == config
+    for one in (config, tracked):
+        file.write_text(one.to_yaml())
+        assert make_config({}, file) == one
 
 
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
@@ -56,6 +58,11 @@ BAD = [
     ({"ssim_exponents": [1, 1]}, "--ssim-exponents"),
     ({"seed": -1}, "--seed -1"),
     ({"resume": "auto"}, "--resume auto needs --out"),
+    ({"tags": ["a"]}, "--tags is for --tracker wandb"),
+    ({"group": "a", "tracker": "tensorboard"}, "--group is for --tracker wandb"),
+    ({"tracker": "wandb", "tags": ["a", "b" * 65]}, "--tags 'bbb"),
+    ({"tracker": "wandb", "tags": "a"}, "--tags 'a': input should be a valid tuple"),
+    ({"tracker": "wandb", "group": ""}, "--group '': string should have at least 1 character"),
 ]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from distributed_batchcam.distances import DISTANCES, resize_maps, ssim, ssim_distance
+from distributed_batchcam.distances import DISTANCES, resize_maps, ssim, ssim_distance, ssim_to_each
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SIZES = [(1, 1), (2, 2), (3, 3), (4, 4), (7, 5), (6, 10), (10, 10), (11, 11), (12, 12), (11, 3), (20, 14)]
@@ -199,3 +199,15 @@ def test_resize_is_that_of_a_loop_over_pixels(
 def test_resize_to_the_same_size_changes_nothing() -> None:
     maps = torch.rand(2, 6, 7)
     assert resize_maps(maps, (6, 7)) is maps
+
+
+@pytest.mark.parametrize("size", [(28, 28), (7, 9)])
+def test_ssim_to_each_is_ssim_of_every_pair(size: tuple[int, int], device: torch.device) -> None:
+    maps = torch.rand(5, *size, dtype=torch.float64, device=device)
+    prototypes = torch.rand(3, *size, dtype=torch.float64, device=device)
+    prototypes[0] = 0
+    found = ssim_to_each(maps, prototypes)
+    assert found.shape == (5, 3)
+    for row, cam in zip(found, maps, strict=True):
+        for value, prototype in zip(row, prototypes, strict=True):
+            assert float(value) == pytest.approx(float(ssim(cam[None], prototype[None])), abs=1e-12)

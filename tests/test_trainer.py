@@ -52,7 +52,8 @@ def test_run_directory_holds_what_the_contract_names(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {
         *("config.yaml", "metrics.jsonl", "summary.json", "checkpoints"),
-        *("model.safetensors", "prototypes.safetensors", "class_maps.png"),
+        *("model.safetensors", "prototypes.safetensors", "class_maps-test.png"),
+        *("evaluation-test.json", "evaluation-test.safetensors", "report.html"),
     } <= names
     summary = summary_of(finished)
     assert {
@@ -105,7 +106,7 @@ def test_its_own_config_repeats_the_run_bit_for_bit(finished: Path, tmp_path: Pa
 def interrupted_copy(finished: Path, copy: Path, *, epoch: int) -> Path:
     """What the run would have left, had it been killed in the middle of the epoch after `epoch`."""
     shutil.copytree(finished, copy)
-    for name in ("model.safetensors", "summary.json", "class_maps.png"):
+    for name in ("model.safetensors", "summary.json", "class_maps-test.png"):
         (copy / name).unlink()
     for path in (copy / "checkpoints").iterdir():
         if path.name > f"epoch_{epoch:05d}":

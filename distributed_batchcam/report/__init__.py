@@ -1,1 +1,1 @@
-"""What a run looks like: figures of prototypes and class maps."""
+"""What a run looks like: figures as PNG files, and the report as one HTML file."""

@@ -1,0 +1,105 @@
+"""Figures of what happens when an image is changed: by its own map, pixel by pixel, or by a little noise.
+
+The baseline that stands for "nothing there" is the black pixel: 0 before normalisation.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Probabilities = Callable[[Tensor], Tensor]
+"""Images (N, ch, h, w) in [0, 1] to class probabilities (N, C)."""
+Explainer = Callable[[Tensor, Tensor], Tensor]
+"""Images (N, ch, h, w) in [0, 1] and classes (N,) to maps (N, h, w)."""
+
+_IMAGES_AT_A_TIME = 512
+
+
+def confidence_change(
+    probabilities: Probabilities, images: Tensor, maps: Tensor, classes: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Average drop and increase in confidence, per image (Chattopadhay et al. 2018, Grad-CAM++, section 4.1).
+
+    With p the probability of class c and the image darkened by its map, M ⊙ x (black where the map is 0):
+    drop = max(0, p(x) - p(M ⊙ x)) / p(x), increase = [p(M ⊙ x) > p(x)].
+
+    Args:
+        probabilities: the model.
+        images: (N, ch, h, w) in [0, 1].
+        maps: (N, h, w) in [0, 1].
+        classes: (N,) class c of each image.
+        before: (N,) p(x).
+
+    Returns:
+        Drop (N,) in [0, 1] and increase (N,), 0 or 1.
+    """
+    after = _of_class(probabilities(images * maps[:, None]), classes)
+    return (before - after).clamp(min=0) / before.clamp(min=torch.finfo(before.dtype).tiny), (after > before).to(before)
+
+
+def deletion_insertion(
+    probabilities: Probabilities, images: Tensor, maps: Tensor, classes: Tensor, steps: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Areas under the deletion and the insertion curve, per image (Petsiuk et al. 2018, RISE, section 3.3).
+
+    Pixels are blackened (deletion) or put into a black image (insertion) from the most to the least relevant
+    (ties: in order of position), a share of 1/steps at a time; the curve is the probability of class c over the
+    share of pixels, its area by the trapezoidal rule.
+
+    Args:
+        probabilities: the model.
+        images: (N, ch, h, w) in [0, 1].
+        maps: (N, h, w).
+        classes: (N,) class c of each image.
+        steps: how many times pixels are changed.
+
+    Returns:
+        Deletion AUC and insertion AUC, each (N,) in [0, 1].
+    """
+    count, pixels = len(images), maps.shape[1] * maps.shape[2]
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(pixels, device=maps.device).expand_as(order))
+    size = -(-pixels // steps)
+    changed = torch.tensor([*range(0, pixels, size), pixels], device=maps.device)
+    # (points, N, 1, h, w): whether a pixel is among the most relevant at each point of the curve.
+    relevant = (ranks[None] < changed[:, None, None]).view(len(changed), count, 1, *maps.shape[1:])
+
+    def area(kept: Tensor) -> Tensor:
+        shown = (images * kept).flatten(0, 1)
+        values = torch.cat([probabilities(part) for part in shown.split(_IMAGES_AT_A_TIME)])
+        curve = _of_class(values, classes.repeat(len(changed))).view(len(changed), count)
+        return torch.trapezoid(curve, changed.to(curve) / pixels, dim=0)
+
+    return area(~relevant), area(relevant)
+
+
+def sensitivity(
+    explain: Explainer, images: Tensor, maps: Tensor, classes: Tensor, noise: Tensor, radius: float
+) -> Tensor:
+    """Average sensitivity of the map to small noise, per image (Yeh et al. 2019, section 2.2; Bhatt et al. 2020).
+
+    mean over draws of ‖M(x + r·ε) - M(x)‖ / ‖M(x)‖ with ε uniform in [-1, 1] per value. Where M(x) is all zeros,
+    a draw counts 0 if the map stays so, otherwise 1.
+
+    Args:
+        explain: the maps of the model.
+        images: (N, ch, h, w) in [0, 1].
+        maps: (N, h, w), the maps of `images`.
+        classes: (N,) class that is explained.
+        noise: (N, draws, ch, h, w), ε.
+        radius: r, in units of the images' range [0, 1].
+
+    Returns:
+        (N,)
+    """
+    draws = noise.shape[1]
+    changed = torch.stack([explain(images + radius * noise[:, draw], classes) for draw in range(draws)], 1)
+    distances = (changed - maps[:, None]).flatten(2).norm(dim=2)
+    lengths = maps.flatten(1).norm(dim=1)[:, None]
+    ratios = distances / lengths.clamp(min=torch.finfo(maps.dtype).tiny)
+    return torch.where(lengths > 0, ratios, (distances > 0).to(ratios)).mean(1)
+
+
+def _of_class(probabilities: Tensor, classes: Tensor) -> Tensor:
+    return probabilities.gather(1, classes[:, None])[:, 0]
