@@ -14,7 +14,7 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,wandb,tensorboard]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,wandb,tensorboard,comparisons]'
 	@touch $@
 
 install: $(VENV)/.installed ## create .venv and install everything into it
@@ -24,7 +24,9 @@ demo: $(VENV)/.installed ## train on the embedded digits, evaluate, and show whe
 	@n=1; while [ -e $(DEMO)-$$n ]; do n=$$((n + 1)); done; run=$(DEMO)-$$n; \
 	$(BIN)/batchcam train --dataset digits --model simple_cnn --objective bcpl_l1 --epochs 10 --batch-size 64 --out $$run && \
 	$(BIN)/batchcam evaluate $$run && \
-	echo "The run is in $$run; its class maps are $$run/class_maps.png"
+	$(BIN)/batchcam explain $$run --index 0:40 --sheet && \
+	$(BIN)/batchcam report $$run && \
+	echo "The run is in $$run: open $$run/report.html, and see $$run/explanations-1/sheet-1.png"
 
 test: $(VENV)/.installed ## run the tests (BATCHCAM_DATA=DIR adds those on real MNIST)
 	$(BIN)/python -m pytest
@@ -46,6 +48,8 @@ imports: $(VENV)/.installed
 bench: $(VENV)/.installed ## measure what the README claims, on this machine
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.against_predecessor
+	$(BIN)/python -m benchmarks.cam_libraries
+	$(BIN)/python -m benchmarks.explain_speed --dataset digits --images 350
 
 clean: ## remove .venv and caches (never runs/)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,22 @@ class Table:
 
     title: str
     rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, title: str, seconds: Mapping[str, Sequence[float]]) -> "Table":
+        """From the times of each variant, round by round; the first is the reference of the ratios."""
+        reference = next(iter(seconds.values()))
+        return cls(
+            title,
+            tuple(
+                Row(
+                    name,
+                    Spread.of(times),
+                    Spread.of([mine / other for mine, other in zip(times, reference, strict=True)]),
+                )
+                for name, times in seconds.items()
+            ),
+        )
 
     def row(self, name: str) -> Row:
         """The row of a variant."""
@@ -114,6 +131,17 @@ def measure(
 
     Args:
         title: of the table.
+        variants, rounds, warmup, device: see `interleaved`.
+    """
+    return Table.of(title, interleaved(variants, rounds=rounds, warmup=warmup, device=device))
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device
+) -> dict[str, list[float]]:
+    """The seconds of each variant in every round.
+
+    Args:
         variants: what to time, by name.
         rounds: n, how often each runs and is timed; at least 2.
         warmup: how often each runs before that, untimed.
@@ -129,18 +157,7 @@ def measure(
         for _ in range(rounds):
             for name in orders.sample(names, len(names)):
                 seconds[name].append(_time(variants[name], device))
-    reference = seconds[names[0]]
-    return Table(
-        title,
-        tuple(
-            Row(
-                name,
-                Spread.of(times),
-                Spread.of([mine / other for mine, other in zip(times, reference, strict=True)]),
-            )
-            for name, times in seconds.items()
-        ),
-    )
+    return seconds
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:
@@ -237,10 +254,25 @@ def choose_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
 
 
 def report(
-    benchmark: str, options: argparse.Namespace, device: torch.device, tables: Sequence[Table], bars: Sequence[Bar]
+    benchmark: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    tables: Sequence[Table],
+    bars: Sequence[Bar],
+    *,
+    packages: Sequence[str] = (),
+    further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the tables and bars, and write them to `--json`, if given, with hardware, versions and settings."""
-    hardware, versions = _hardware(device), _versions()
+    """Print the tables and bars, and write them to `--json`, if given, with hardware, versions and settings.
+
+    Args:
+        benchmark: its name.
+        options, device: what it ran with.
+        tables, bars: what it measured.
+        packages: further distributions whose versions matter.
+        further: entries that the file is to hold besides.
+    """
+    hardware, versions = _hardware(device), _versions(packages)
     print(f"{hardware['cpu']}, {hardware['cores']} cores, {options.threads} threads; GPU: {hardware['gpu'] or 'none'}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for table in tables:
@@ -270,6 +302,7 @@ def report(
             for table in tables
         ],
         "bars": [{**asdict(bar), "passed": bar.passed} for bar in bars],
+        **(further or {}),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.json, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
@@ -292,7 +325,7 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     import timm
 
     return {
@@ -300,6 +333,7 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "distributed_batchcam": distributed_batchcam.__version__,
+        **{name: metadata.version(name) for name in packages},
     }
 
 

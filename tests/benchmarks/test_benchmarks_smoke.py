@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import against_predecessor, step_time, timing
+from benchmarks import against_predecessor, cam_libraries, step_time, timing
+from benchmarks.cam_libraries import agreement
 from benchmarks.predecessor import HookableNetwork, gradcam_by_hooks, gradcam_by_hooks_alone, gradcam_by_loop
 from benchmarks.timing import Bar, Spread, measure
 from distributed_batchcam import PrototypeLoss, create_model, grad_cam
@@ -77,10 +79,85 @@ def test_against_predecessor_times_both_algorithms(tmp_path: Path) -> None:
     assert against_predecessor.HOOKS in names[0]
 
 
-@pytest.mark.parametrize("module", ["step_time", "against_predecessor"])
+def need_cam_libraries() -> None:
+    for module in cam_libraries.MODULES:
+        pytest.importorskip(
+            module, reason=f"{module} cannot be imported; pip install -e '.[comparisons]'", exc_type=ImportError
+        )
+
+
+def test_cam_libraries_compares_maps_and_times_every_library(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need_cam_libraries()
+    document = run(cam_libraries.main, tmp_path / "libraries.json", "--models", "simple_cnn")
+    check(document)
+    assert [[row["name"] for row in table["rows"]] for table in document["tables"]] == [
+        [reference, *others] for reference, others in cam_libraries.COMPARISONS.items()
+    ]
+    first, *others = document["tables"]
+    seconds = {row["name"]: row["seconds"] for row in first["rows"]}
+    for table in others:
+        assert all(seconds[row["name"]] == row["seconds"] for row in table["rows"]), "one run, three tables"
+    assert set(cam_libraries.PACKAGES) <= document["versions"].keys()
+    libraries = {name for name in seconds if name not in ("forward pass", "this package", "this package, resized")}
+    assert document["agreement"]["simple_cnn"].keys() == libraries
+    for found in document["agreement"]["simple_cnn"].values():
+        assert 0.999 <= found["correlation"] <= 1.000001
+        assert found["compared"] + found["constant"] == 8
+    assert "maps correlated" in capsys.readouterr().out
+
+
+def test_cam_libraries_times_nothing_where_maps_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need_cam_libraries()
+    monkeypatch.setattr(cam_libraries, "grad_cam", lambda *args, **options: grad_cam(*args, **options).flip(1))
+    with pytest.raises(SystemExit, match=r"torch-cam.*nothing was timed"):
+        cam_libraries.main([*SMALL, "--models", "simple_cnn"])
+    assert "÷" not in capsys.readouterr().out
+
+
+def test_cam_libraries_that_are_not_there_end_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    with pytest.raises(SystemExit) as stopped:
+        cam_libraries.main([*SMALL, "--models", "simple_cnn"])
+    assert stopped.value.code == 2
+    assert "error: pytorch_grad_cam cannot be imported" in capsys.readouterr().err
+
+
+def test_maps_agree_up_to_scale_and_where_both_are_constant() -> None:
+    ours = torch.rand(3, 4, 4)
+    ours[1] = 0
+    assert agreement(ours, 7 * ours) == (pytest.approx(1), 2, 1)
+
+
+def test_maps_do_not_agree_where_they_differ_or_one_alone_is_constant() -> None:
+    ours = torch.rand(3, 4, 4)
+    with pytest.raises(ValueError, match=r"less than 0\.999"):
+        agreement(ours, ours + 0.1 * torch.rand(3, 4, 4))
+    theirs = ours.clone()
+    theirs[1] = 0.5
+    for pair in ((ours, theirs), (theirs, ours)):
+        with pytest.raises(ValueError, match="1 of 3 images"):
+            agreement(*pair)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        agreement(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
+
+
+@pytest.mark.parametrize("module", ["step_time", "against_predecessor", "cam_libraries"])
 def test_results_name_neither_a_host_nor_a_path(module: str, tmp_path: Path) -> None:
-    main: Main = {"step_time": step_time.main, "against_predecessor": against_predecessor.main}[module]
-    text = json.dumps(run(main, tmp_path / "out.json", *(["--models", "simple_cnn"] if module == "step_time" else [])))
+    if module == "cam_libraries":
+        need_cam_libraries()
+    mains: dict[str, Main] = {
+        "step_time": step_time.main,
+        "against_predecessor": against_predecessor.main,
+        "cam_libraries": cam_libraries.main,
+    }
+    models = [] if module == "against_predecessor" else ["--models", "simple_cnn"]
+    text = json.dumps(run(mains[module], tmp_path / "out.json", *models))
     assert socket.gethostname() not in text
     assert str(tmp_path) not in text
 
