@@ -13,6 +13,7 @@ from .evaluation import evaluate
 from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
 from .measures import default_masks, every_measure
+from .report.html import write_report
 from .runtime import start_accelerator
 from .trainer import EVALUATION_BATCH
 
@@ -37,7 +38,8 @@ def evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     """Evaluate the model of a run or checkpoint; under a launcher, over all processes.
 
     Writes evaluation-NAME.json, evaluation-NAME.safetensors and class_maps-NAME.png, where NAME is the split,
-    after the checkpoint and the data set where these are not the run's final model and own data.
+    after the checkpoint and the data set where these are not the run's final model and own data; and the run's
+    report again.
 
     Returns:
         The scalar figures, after what was evaluated.
@@ -81,6 +83,8 @@ def evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
         title = f"{what}: {result.accuracy:.2f} % right"
         mistakes = explain_mistakes(explainer, images, result, run.classes, accelerator.device)
         save_evaluation(out, name, result, mistakes, run.classes, about, title)
+        if out == run.path and (run.path / "summary.json").is_file():
+            write_report([run.path])
     accelerator.wait_for_everyone()
     return {**about, "samples": len(result), **result.figures()}
 

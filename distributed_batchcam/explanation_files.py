@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from .errors import InputError
@@ -45,7 +46,7 @@ def save_explanations(explanations: Explanations, folder: str | Path, *, sheet: 
             pictures = [f"sheet-{number}.png" for number in range(1, 1 + _save_sheets(explanations, aside))]
         else:
             pictures = [f"{name}.png" for name in names]
-            _save_panels(explanations, [aside / picture for picture in pictures])
+            save_pictures(lambda index: panel(explanations, index), [aside / picture for picture in pictures])
         entries = describe(explanations)
         if not sheet:
             for entry, picture in zip(entries, pictures, strict=True):
@@ -137,9 +138,11 @@ def _arrays(explanations: Explanations) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
-def _save_panels(explanations: Explanations, paths: Sequence[Path]) -> None:
+def save_pictures(draw: Callable[[int], Image.Image], paths: Sequence[Path]) -> None:
+    """Write picture `draw(i)` as PNG to `paths[i]`, for all i, several at a time."""
+
     def save(index: int) -> None:
-        panel(explanations, index).save(paths[index], compress_level=_COMPRESSION)
+        draw(index).save(paths[index], "png", compress_level=_COMPRESSION)
 
     # Pillow lets go of the interpreter lock while it scales and compresses.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,17 +32,17 @@ class Explanations:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
+    @cached_property
     def predicted(self) -> Tensor:
         """(N,) predicted class."""
         return self.probabilities.argmax(1)
 
-    @property
+    @cached_property
     def confidence(self) -> Tensor:
         """(N,) probability of the predicted class."""
         return self.probabilities.amax(1)
 
-    @property
+    @cached_property
     def constant(self) -> Tensor:
         """(N,) bool: whether the predicted class's map is the same everywhere, and so explains nothing."""
         return self.predicted_maps.amax((1, 2)) == 0

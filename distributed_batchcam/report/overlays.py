@@ -1,7 +1,7 @@
 """Explained images as pictures: the image, and the maps laid over it at its full size."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ def panel(explanations: Explanations, index: int, side: int | None = None) -> Im
         image = image.resize((round(image.width * scale), round(image.height * scale)), smooth)
         left, top, right, bottom = (round(edge * scale) for edge in box)
         box = (left, top, right, bottom)
+    image = image.convert("RGB")
     predicted = int(explanations.predicted[index])
     share = f"{100 * float(explanations.confidence[index]):.1f} %"
     target = None if explanations.targets is None else int(explanations.targets[index])
@@ -57,16 +58,15 @@ def overlay(image: Image.Image, cam: Tensor, box: tuple[int, int, int, int]) -> 
         box: left, top, right and bottom of what the model saw; what is outside is dimmed.
     """
     size = (box[2] - box[0], box[3] - box[1])
-    relevance = Image.fromarray(cam.mul(255).round().byte().numpy()).resize(size, Image.Resampling.BILINEAR)
-    heat = relevance.copy()
-    heat.putpalette(_palette())
-    seen = image.crop(box) if size != image.size else image
-    # Where the map is low, the image shows through; where it is high, the colour tells how high.
-    colored = Image.composite(heat.convert("RGB"), seen, relevance.point(_opacity()))
+    heat = Image.fromarray(np.rint(255 * cam.numpy()).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    heat.putpalette(_palette(), "RGBA")
+    heat = heat.convert("RGBA")
     if size == image.size:
-        return colored
-    result = Image.blend(image, Image.new("RGB", image.size, _PAPER), 0.6)
-    result.paste(colored, box[:2])
+        result = image.copy()
+    else:
+        result = Image.blend(image, Image.new("RGB", image.size, _PAPER), 0.6)
+        result.paste(image.crop(box), box[:2])
+    result.paste(heat, box[:2], heat)
     return result
 
 
@@ -93,9 +93,8 @@ def _original(explanations: Explanations, index: int) -> tuple[Image.Image, tupl
     """The image as it was before the model's preprocessing, and the part of it that the model saw."""
     source = explanations.sources[index]
     if source is None:
-        pixels = explanations.images[index].mul(255).round().byte()
-        channels = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
-        image = Image.fromarray(channels.permute(1, 2, 0).contiguous().numpy())
+        pixels = np.rint(255 * explanations.images[index].numpy()).astype(np.uint8)
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)) if len(pixels) == 3 else pixels[0])
         return image, (0, 0, image.width, image.height)
     image = read_rgb(source)
     side = min(image.size)
@@ -106,24 +105,26 @@ def _original(explanations: Explanations, index: int) -> tuple[Image.Image, tupl
 def _side_by_side(pictures: Sequence[Image.Image], captions: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
     width, height = pictures[0].size
     text = max(11, min(48, height // 16))
-    font = _font(text)
     result = Image.new("RGB", (len(pictures) * (width + _GAP) + _GAP, height + 2 * _GAP + round(1.5 * text)), _PAPER)
-    draw = ImageDraw.Draw(result)
     for place, (picture, (caption, color)) in enumerate(zip(pictures, captions, strict=True)):
         left = _GAP + place * (width + _GAP)
         result.paste(picture, (left, _GAP))
-        draw.text((left, height + _GAP + text // 4), _fitted(caption, font, width), fill=color, font=font)
+        result.paste(_caption(caption, color, text, width), (left, height + _GAP))
     return result
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """A caption on one line, cut off where it would run into the next."""
+@lru_cache(maxsize=64)  # drawing letters takes as long as all the rest, and many images are "7, 100.0 %"
+def _caption(text: str, color: tuple[int, int, int], size: int, width: int) -> Image.Image:
+    """Text on one line, cut off where it would run into the next picture's."""
+    font = _font(size)
     text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    if font.getlength(text) > width:
+        while text and font.getlength(text + "…") > width:
+            text = text[:-1]
+        text += "…"
+    strip = Image.new("RGB", (width, round(1.5 * size)), _PAPER)
+    ImageDraw.Draw(strip).text((0, size // 4), text, fill=color, font=font)
+    return strip
 
 
 @cache
@@ -133,10 +134,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _palette() -> bytes:
-    colors = colormaps["inferno"](np.linspace(0, 1, 256), bytes=True)[:, :3]
-    return bytes(np.ascontiguousarray(colors))
-
-
-@cache
-def _opacity() -> list[int]:
-    return [round(80 + 130 * value / 255) for value in range(256)]
+    """Colour and opacity of each value: where a map is low, the image shows through."""
+    colors = colormaps["inferno"](np.linspace(0, 1, 256), bytes=True)
+    colors[:, 3] = np.linspace(80, 210, 256)
+    return colors.tobytes()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import against_predecessor, cam_libraries, step_time, timing
+from benchmarks import against_predecessor, cam_libraries, explain_speed, step_time, timing
 from benchmarks.cam_libraries import agreement
 from benchmarks.predecessor import HookableNetwork, gradcam_by_hooks, gradcam_by_hooks_alone, gradcam_by_loop
 from benchmarks.timing import Bar, Spread, measure
@@ -77,6 +77,26 @@ def test_against_predecessor_times_both_algorithms(tmp_path: Path) -> None:
     assert len(names) == 4
     assert all(against_predecessor.LOOP in table for table in names)
     assert against_predecessor.HOOKS in names[0]
+
+
+def test_explain_speed_writes_what_it_compares_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rounds", "2", "--warmup", "1", "--threads", "1", "--device", "cpu", "--dataset", "digits"]
+    path = tmp_path / "explain.json"
+    explain_speed.main([*options, "--images", "6", "--json", str(path)])
+    document = json.loads(path.read_text(encoding="utf-8"))
+    check(document)
+    references = [table["reference"] for table in document["tables"]]
+    assert references == [explain_speed.PLAIN, explain_speed.DRAWN]
+    assert os.listdir(tmp_path) == ["explain.json"], "the pictures are gone"
+
+
+def test_explain_speed_without_the_data_set_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATCHCAM_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="2"):
+        explain_speed.main([])
+    assert "no folder" in capsys.readouterr().err
 
 
 def need_cam_libraries() -> None:
