@@ -19,6 +19,7 @@ from .metrics.maps import gini, relevance_mass, relevance_rank
 from .metrics.perturbation import confidence_change, deletion_insertion, sensitivity
 from .models import CAMOutput
 
+PATCH = "patch"  # prefix of the figures of a decoy data set
 NOISE_RADIUS = 0.05  # of sensitivity, in units of the images' range [0, 1]
 NOISE_DRAWS = 10
 CURVE_STEPS = 20  # of deletion and insertion
@@ -77,12 +78,15 @@ FIGURES: dict[str, FigureInfo] = {
         "Arras et al. 2022",
     ),
     "patch_mass": FigureInfo(
-        "Decoy mass", "lower", "share of a map's relevance that lies on the decoy's patch", "Arras et al. 2022"
+        "Decoy mass",
+        "lower",
+        "share of the relevance of the predicted class's map that lies on the decoy's patch",
+        "Arras et al. 2022",
     ),
     "patch_rank": FigureInfo(
         "Decoy rank",
         "lower",
-        "share of a map's K most relevant pixels that lie on the decoy's patch of K pixels",
+        "share of the K most relevant pixels of the predicted class's map that lie on the decoy's patch of K pixels",
         "Arras et al. 2022",
     ),
     "sparseness": FigureInfo(
@@ -136,7 +140,7 @@ FIGURES: dict[str, FigureInfo] = {
         "Constant maps", "lower", "number of images whose map is the same everywhere: no explanation at all"
     ),
 }
-"""Every figure by name; maps are of the target class throughout."""
+"""Every figure by name; maps are of the target class, but where the figure says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,11 @@ class ExplainedBatch:
     def size(self) -> tuple[int, int]:
         """(h, w) of the maps"""
         return self.maps.shape[1], self.maps.shape[2]
+
+    @cached_property
+    def predicted_maps(self) -> Tensor:
+        """(n, h, w) of the predicted class."""
+        return maps_of(self.output, None, self.size)
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -221,9 +230,11 @@ class Localization:
 
     def __call__(self, batch: ExplainedBatch) -> dict[str, Tensor]:
         masks = self.masks(batch.batch)
+        # A patch that misleads speaks for the class that was predicted; the target's map would not show it.
+        maps = batch.predicted_maps if self.prefix == PATCH else batch.maps
         return {
-            f"{self.prefix}_mass": relevance_mass(batch.maps, masks),
-            f"{self.prefix}_rank": relevance_rank(batch.maps, masks),
+            f"{self.prefix}_mass": relevance_mass(maps, masks),
+            f"{self.prefix}_rank": relevance_rank(maps, masks),
         }
 
 
@@ -307,7 +318,7 @@ def default_masks(dataset: str, images: ImageSet, threshold: float = FOREGROUND)
     """
     masks = {"relevance": foreground(images, threshold)} if DATASETS[dataset].foreground else {}
     if images.corners is not None:
-        masks["patch"] = patches(images)
+        masks[PATCH] = patches(images)
     return masks
 
 

@@ -190,7 +190,20 @@ def test_decoy_sets_are_measured_against_their_patches(explainer: Explainer) -> 
     assert list(masks) == ["relevance", "patch"]
     figures = evaluated(explainer, decoy.test, prototypes, map_measures(60, 10, masks)).figures()
     assert 0 < figures["patch_mass"] < 1  # type: ignore[operator]
-    assert figures["patch_mass"] + figures["relevance_mass"] <= 1 + 1e-6  # type: ignore[operator]
+
+
+def test_the_patch_is_looked_for_in_the_map_of_the_predicted_class(explainer: Explainer) -> None:
+    decoy = load_data("decoy_digits", image_size=SIZE, limit=20).test
+    prototypes = torch.rand(10, SIZE, SIZE)
+    masks = default_masks("decoy_digits", decoy)
+    result = evaluated(explainer, decoy, prototypes, map_measures(20, 10, masks), batch=20)
+    (batch,) = Loader(decoy, 20, torch.device("cpu")).epoch()
+    inside = masks["patch"](batch)
+    with frozen(explainer.model):
+        maps = explainer.maps(batch.images, explainer(batch.images).logits.argmax(1), (SIZE, SIZE))
+    for cam, mask, value in zip(maps, inside, result.per_image["patch_mass"], strict=True):
+        expected = float(cam[mask].sum() / cam.sum()) if cam.any() else 0.0
+        assert float(value) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_model_is_left_as_it_was(explainer: Explainer, data: Data, prototypes: Tensor) -> None:

@@ -51,10 +51,12 @@ def test_foreground_is_what_is_brighter(device, channels):
                 assert bool(mask[n, row, column]) == (value > 0.4)
 
 
-def test_foreground_is_above_half_by_default_and_may_be_empty():
-    images = torch.tensor([[[[0.5, 0.51], [0.0, 1.0]]], [[[0.5, 0.2], [0.0, 0.0]]]])
+def test_foreground_is_above_its_threshold_and_may_be_empty():
+    images = torch.tensor([[[[0.1, 0.11], [0.0, 1.0]]], [[[0.1, 0.05], [0.0, 0.0]]]])
     mask = foreground(image_set(2, size=2))(batch_of(images))
     assert mask.tolist() == [[[False, True], [False, True]], [[False, False], [False, False]]]
+    mask = foreground(image_set(2, size=2), 0.5)(batch_of(images))
+    assert mask.tolist() == [[[False, False], [False, True]], [[False, False], [False, False]]]
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
