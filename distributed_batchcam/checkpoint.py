@@ -28,11 +28,15 @@ _TENSOR = "$tensor"  # {"$tensor": name} in the JSON stands for that tensor of t
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that it holds either its old content or all of the new, whatever happens."""
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -123,6 +127,8 @@ def load_run(path: Path, target_layer: str | None = None) -> Run:
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{path} is not a run directory: it has no config.yaml")
     weights, metadata = _checkpoint_weights(path) if is_checkpoint else _final_weights(path)
+    if wrong := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
+        raise InputError(f"{path}: {wrong[0]} holds weights that are not finite: the training diverged, lower its --lr")
     config = make_config({}, run_dir / "config.yaml")
     try:
         classes, channels, size = tuple(metadata["classes"]), int(metadata["channels"]), int(metadata["image_size"])

@@ -41,11 +41,16 @@ def run(arguments: Sequence[str]) -> int:
         _say(f"batchcam: stopped: {error}")
         return _FAULT
     except KeyboardInterrupt:
-        _say("batchcam: interrupted; train goes on from its last checkpoint with --resume auto")
+        _say(f"batchcam: interrupted{_going_on(arguments)}")
         return _INTERRUPTED
     except _Terminated:
-        _say("batchcam: stopped by SIGTERM; train goes on from its last checkpoint with --resume auto")
+        _say(f"batchcam: stopped by SIGTERM{_going_on(arguments)}")
         return _TERMINATED
+
+
+def _going_on(arguments: Sequence[str]) -> str:
+    is_training = arguments[:1] == ["train"]
+    return "; train goes on from its last checkpoint with --resume auto" if is_training else ""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

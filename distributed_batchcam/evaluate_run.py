@@ -82,7 +82,10 @@ def evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
         what = f"{data.name} {options.split} set, {run.config.model}, {run.config.objective}"
         title = f"{what}: {result.accuracy:.2f} % right"
         mistakes = explain_mistakes(explainer, images, result, run.classes, accelerator.device)
-        save_evaluation(out, name, result, mistakes, run.classes, about, title)
+        try:
+            save_evaluation(out, name, result, mistakes, run.classes, about, title)
+        except OSError as error:
+            raise InputError(f"{out} cannot be written to: {error.strerror or error}") from error
         if out == run.path and (run.path / "summary.json").is_file():
             write_report([run.path])
     accelerator.wait_for_everyone()

@@ -19,6 +19,7 @@ from .explanations import Explanations
 from .report.figures import save_class_maps
 from .report.overlays import panel, sheets
 
+_NAME_BYTES = 200  # file systems take 255 for the whole of a file name
 _COMPRESSION = 1  # of PNG: a third of the time of Pillow's own for a fifth more bytes
 
 
@@ -147,8 +148,12 @@ def save_pictures(draw: Callable[[int], Image.Image], paths: Sequence[Path]) -> 
     # Pillow lets go of the interpreter lock while it scales and compresses.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(pool.map(save, range(len(paths))), total=len(paths), unit=" images", disable=None, leave=False)
-        for _ in progress:
-            pass
+        try:
+            for _ in progress:
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or all the rest would still be drawn
+            raise
 
 
 def _save_sheets(explanations: Explanations, folder: Path) -> int:
@@ -160,7 +165,8 @@ def _save_sheets(explanations: Explanations, folder: Path) -> int:
 
 def _file_names(names: Sequence[str]) -> list[str]:
     """Names that are safe as file names, and all different."""
-    safe = ["".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:100] for name in names]
+    letters = ["".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name) for name in names]
+    safe = [name.encode()[:_NAME_BYTES].decode(errors="ignore") for name in letters]
     if len({name.lower() for name in safe}) == len(safe):
         return safe
     width = len(str(len(safe)))
@@ -184,9 +190,11 @@ class _NewFolder:
             raise InputError(f"{self.path} cannot be made: {error.strerror}") from error
         return self.aside
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
             shutil.rmtree(self.aside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
             return
         if self.path.exists():
             self.path.rmdir()

@@ -1,6 +1,8 @@
 """Explanations of single images and of classes: what they say, what they draw, what they leave."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from launching import SMALL
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import distributed_batchcam
 from distributed_batchcam import Explanations, explain, explain_classes, save_explanations
@@ -302,3 +306,47 @@ def test_a_tensor_of_images_is_explained(finished: Path) -> None:
         explain(finished, images * 3 - 1)
     with pytest.raises(InputError, match=r"shape \(N, 1, 16, 16\)"):
         explain(finished, images[:, :, :8])
+
+
+def test_weights_that_are_not_finite_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(finished, broken, ignore=shutil.ignore_patterns("explanations*"))
+    path = broken / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    weights["network.fc2.weight"][0, 0] = float("nan")
+    save_file(weights, path, metadata)
+    before = {file: file.stat().st_mtime_ns for file in broken.rglob("*")}
+    for command in (["evaluate", str(broken)], ["explain", str(broken), "--index", "0"]):
+        assert run([*command, "--device", "cpu"]) == 2
+        assert "network.fc2.weight holds weights that are not finite" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in broken.rglob("*")} == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explanations = explain(finished, indices=[slice(0, 30)], device="cpu")
+    written: list[Path] = []
+
+    def full(self: Image.Image, path: Path, *arguments: Any, **options: Any) -> None:
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(b"")
+        written.append(path)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match="out cannot be written: No space left on device"):
+        save_explanations(explanations, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert len(written) < 10, "the rest is not tried"
+
+
+def test_names_as_long_as_file_systems_allow_are_shortened(colored: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{'é' * 124}.png"  # 252 bytes
+    Image.new("RGB", (40, 40), "red").save(path)
+    (picture,) = save_explanations(explain(colored, [path], device="cpu"), tmp_path / "out")
+    assert picture.name == f"{'é' * 100}.png"
