@@ -12,6 +12,8 @@ from torch import Tensor
 from distributed_batchcam.checkpoint import write_atomic
 from distributed_batchcam.distances import ssim
 
+from .wording import similarity_text
+
 _COLUMNS = 10
 
 
@@ -52,7 +54,7 @@ def save_class_maps(
                 cell.imshow(torch.ones_like(prototypes[index]).numpy(), cmap="gray", vmin=0, vmax=1)
                 continue
             cell.imshow(row[index].numpy(), cmap="inferno", vmin=0, vmax=1)
-            cell.set_title(f"{similarities[label][index]:.2f} · {int(counts[index]):,}", fontsize=7)
+            cell.set_title(f"{similarity_text(similarities[label][index])} · {int(counts[index]):,}", fontsize=7)
     for band in range(bands):
         for row_number, label in enumerate(["prototype", *maps]):
             axis = axes[height * band + row_number, 0]

@@ -14,7 +14,17 @@ from distributed_batchcam.measures import FIGURES
 
 from . import pictures, plots
 from .run_files import CONFIG, EvaluationFile, RunFiles, config_text, read_history, read_maps, read_mistakes
-from .wording import bare_figure_text, count, duration, figure_text, figure_title, number, plain, quoted
+from .wording import (
+    bare_figure_text,
+    count,
+    duration,
+    figure_text,
+    figure_title,
+    number,
+    plain,
+    quoted,
+    similarity_text,
+)
 
 MOST_CLASSES = 48  # whose maps are shown; of more, the least accurate
 _LARGEST_TABLE = 25  # classes of a confusion matrix in numbers; a larger one is a picture
@@ -287,7 +297,9 @@ def _class_cards(run: RunFiles, test: EvaluationFile, notes: list[Note]) -> list
         for title, found, counts in columns:
             images = int(counts[row])
             picture = pictures.heat(found[row : row + 1]) if images > 0 else ""
-            tiles.append(MapTile(f"{title} {images:,}", picture, plain(similarities[title][row], 2) if picture else ""))
+            tiles.append(
+                MapTile(f"{title} {images:,}", picture, similarity_text(similarities[title][row]) if picture else "")
+            )
         cards.append(ClassCard(test.classes[index], tiles))
     return cards
 

@@ -57,6 +57,11 @@ def figure_text(name: str, value: float | None) -> str:
     return f"{plain(value, 2)} %" if name in _PERCENT else plain(value)
 
 
+def similarity_text(value: float | None) -> str:
+    """An SSIM below a picture: two decimals, and no negative zero."""
+    return MISSING if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
 def figure_title(name: str) -> str:
     """A figure's title with its unit, for axes and table headers."""
     return FIGURES[name].title + (", %" if name in _PERCENT else "")
