@@ -290,21 +290,23 @@ def noise_sensitivity(batch: ExplainedBatch, chosen: Tensor) -> dict[str, Tensor
     """Average sensitivity of the images at `chosen`."""
     rows = chosen.to(batch.targets.device)
     images = batch.images[rows]
-    noise = images.new_empty(len(rows), NOISE_DRAWS, *images.shape[1:])
-    for row, index in zip(noise, batch.batch.indices[chosen].tolist(), strict=True):
-        # By position in the set: the same for every batch size and number of ranks.
-        generator = torch.Generator().manual_seed(index)
-        row.copy_(torch.rand(row.shape, generator=generator).mul_(2).sub_(1))
-    explain = batch.explainer
     changes = sensitivity(
-        lambda x, classes: explain.maps(x, classes, batch.size),
+        lambda x, classes: batch.explainer.maps(x, classes, batch.size),
         images,
         batch.maps[rows],
         batch.targets[rows],
-        noise,
+        (_noise(batch.batch.indices[chosen], draw, images) for draw in range(NOISE_DRAWS)),
         NOISE_RADIUS,
     )
     return {"sensitivity": changes}
+
+
+def _noise(indices: Tensor, draw: int, like: Tensor) -> Tensor:
+    """Uniform in [-1, 1], by position in the set: the same for every batch size and number of ranks."""
+    noise = torch.empty(like.shape)
+    for row, index in zip(noise, indices.tolist(), strict=True):
+        row.uniform_(-1, 1, generator=torch.Generator().manual_seed(index * NOISE_DRAWS + draw))
+    return noise.to(like)
 
 
 BASIC: tuple[Measure, ...] = (predictions, closeness)

@@ -3,7 +3,7 @@
 The baseline that stands for "nothing there" is the black pixel: 0 before normalisation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ Probabilities = Callable[[Tensor], Tensor]
 Explainer = Callable[[Tensor, Tensor], Tensor]
 """Images (N, ch, h, w) in [0, 1] and classes (N,) to maps (N, h, w)."""
 
-_IMAGES_AT_A_TIME = 512
+_IMAGES_AT_A_TIME = 512  # unless there are more
 
 
 def confidence_change(
@@ -60,22 +60,25 @@ def deletion_insertion(
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(pixels, device=maps.device).expand_as(order))
+    ranks = ranks.view(count, 1, *maps.shape[1:])
     size = -(-pixels // steps)
     changed = torch.tensor([*range(0, pixels, size), pixels], device=maps.device)
-    # (points, N, 1, h, w): whether a pixel is among the most relevant at each point of the curve.
-    relevant = (ranks[None] < changed[:, None, None]).view(len(changed), count, 1, *maps.shape[1:])
+    points_at_a_time = max(1, _IMAGES_AT_A_TIME // max(1, count))
 
-    def area(kept: Tensor) -> Tensor:
-        shown = (images * kept).flatten(0, 1)
-        values = torch.cat([probabilities(part) for part in shown.split(_IMAGES_AT_A_TIME)])
-        curve = _of_class(values, classes.repeat(len(changed))).view(len(changed), count)
+    def area(insert: bool) -> Tensor:
+        values = []
+        for some in changed.split(points_at_a_time):
+            relevant = ranks < some.view(-1, 1, 1, 1, 1)  # (points, N, 1, h, w): those changed so far
+            shown = (images * (relevant if insert else ~relevant)).flatten(0, 1)
+            values.append(_of_class(probabilities(shown), classes.repeat(len(some))).view(len(some), count))
+        curve = torch.cat(values)
         return torch.trapezoid(curve, changed.to(curve) / pixels, dim=0)
 
-    return area(~relevant), area(relevant)
+    return area(insert=False), area(insert=True)
 
 
 def sensitivity(
-    explain: Explainer, images: Tensor, maps: Tensor, classes: Tensor, noise: Tensor, radius: float
+    explain: Explainer, images: Tensor, maps: Tensor, classes: Tensor, noises: Iterable[Tensor], radius: float
 ) -> Tensor:
     """Average sensitivity of the map to small noise, per image (Yeh et al. 2019, section 2.2; Bhatt et al. 2020).
 
@@ -87,18 +90,19 @@ def sensitivity(
         images: (N, ch, h, w) in [0, 1].
         maps: (N, h, w), the maps of `images`.
         classes: (N,) class that is explained.
-        noise: (N, draws, ch, h, w), ε.
+        noises: ε, (N, ch, h, w) for each draw.
         radius: r, in units of the images' range [0, 1].
 
     Returns:
         (N,)
     """
-    draws = noise.shape[1]
-    changed = torch.stack([explain(images + radius * noise[:, draw], classes) for draw in range(draws)], 1)
-    distances = (changed - maps[:, None]).flatten(2).norm(dim=2)
-    lengths = maps.flatten(1).norm(dim=1)[:, None]
-    ratios = distances / lengths.clamp(min=torch.finfo(maps.dtype).tiny)
-    return torch.where(lengths > 0, ratios, (distances > 0).to(ratios)).mean(1)
+    lengths = maps.flatten(1).norm(dim=1)
+    changes = []
+    for noise in noises:
+        distances = (explain(images + radius * noise, classes) - maps).flatten(1).norm(dim=1)
+        ratios = distances / lengths.clamp(min=torch.finfo(maps.dtype).tiny)
+        changes.append(torch.where(lengths > 0, ratios, (distances > 0).to(ratios)))
+    return torch.stack(changes).mean(0)
 
 
 def _of_class(probabilities: Tensor, classes: Tensor) -> Tensor:

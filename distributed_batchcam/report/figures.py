@@ -15,6 +15,7 @@ from distributed_batchcam.distances import ssim
 from .wording import similarity_text
 
 _COLUMNS = 10
+MOST_CLASSES = 50  # that a picture has room for; matplotlib takes a second for every ten
 
 
 def save_class_maps(
@@ -26,6 +27,8 @@ def save_class_maps(
 ) -> None:
     """Prototypes above rows of class maps, a column per class, each map with its SSIM and number of images.
 
+    Of more than `MOST_CLASSES` classes, the first are drawn, and the title says so.
+
     Args:
         path: PNG file.
         prototypes: (C, h, w) in [0, 1].
@@ -33,6 +36,10 @@ def save_class_maps(
         classes: C names.
         title: one line.
     """
+    if len(classes) > MOST_CLASSES:
+        title = f"{title}; the first {MOST_CLASSES} of {len(classes):,} classes"
+        classes, prototypes = classes[:MOST_CLASSES], prototypes[:MOST_CLASSES]
+        maps = {label: (row[:MOST_CLASSES], counts) for label, (row, counts) in maps.items()}
     columns = min(_COLUMNS, len(classes))
     bands, height = -(-len(classes) // columns), 1 + len(maps)
     # A Figure of its own needs no display and leaves no global state behind, unlike pyplot.

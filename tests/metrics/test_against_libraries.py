@@ -111,7 +111,9 @@ def test_sensitivity_is_that_of_quantus(explainer: Explainer, images: Tensor, cl
     )
     theirs = quantus_scores(metric, explainer, images, classes, maps, explain_func=explain_func)
     with frozen(explainer.model):
-        ours = sensitivity(lambda x, chosen: explainer.maps(x, chosen, SIZE), images, maps, classes, noise, radius=0.1)
+        ours = sensitivity(
+            lambda x, chosen: explainer.maps(x, chosen, SIZE), images, maps, classes, noise.unbind(1), radius=0.1
+        )
     np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-9)
 
 

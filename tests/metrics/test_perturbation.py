@@ -72,7 +72,7 @@ def test_sensitivity_is_the_mean_relative_change() -> None:
 
     maps = explain(images, classes)
     noise = torch.rand(len(images), 3, *images.shape[1:], dtype=torch.float64) * 2 - 1
-    found = sensitivity(explain, images, maps, classes, noise, radius=0.1)
+    found = sensitivity(explain, images, maps, classes, noise.unbind(1), radius=0.1)
     for index in range(len(images)):
         changes = []
         for draw in range(3):
@@ -89,7 +89,7 @@ def test_sensitivity_of_a_map_of_zeros_counts_the_draws_in_which_it_appears() ->
     def explain(x: Tensor, chosen: Tensor) -> Tensor:
         return (x - images).mean(1)
 
-    found = sensitivity(explain, images, torch.zeros(2, SIZE, SIZE).double(), classes, noise, radius=0.1)
+    found = sensitivity(explain, images, torch.zeros(2, SIZE, SIZE).double(), classes, noise.unbind(1), radius=0.1)
     assert found.tolist() == [0, 0.75]
 
 
