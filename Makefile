@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## create .venv and install everything into it
 
-demo: $(VENV)/.installed ## train on the embedded digits, evaluate, and show where the results are
+demo: $(VENV)/.installed ## train on the embedded digits, evaluate, explain, and write a report
 	@# A run directory is never overwritten: each demo gets the next free number.
 	@n=1; while [ -e $(DEMO)-$$n ]; do n=$$((n + 1)); done; run=$(DEMO)-$$n; \
 	$(BIN)/batchcam train --dataset digits --model simple_cnn --objective bcpl_l1 --epochs 10 --batch-size 64 --out $$run && \

@@ -72,7 +72,7 @@ def quantus_scores(
 
 
 def quantus() -> Any:
-    return pytest.importorskip("quantus", reason="quantus is not installed")
+    return pytest.importorskip("quantus", reason="quantus cannot be imported", exc_type=ImportError)
 
 
 def test_relevance_mass_and_rank_are_those_of_quantus(
