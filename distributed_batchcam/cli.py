@@ -167,8 +167,10 @@ def _explain(arguments: list[str]) -> int:
 
     from .checkpoint import load_run
     from .explain_run import explain, explain_classes
-    from .explanation_files import free_folder, save_class_explanations, save_explanations
+    from .explanation_files import free_folder, require_new, save_class_explanations, save_explanations
 
+    if options.out:
+        require_new(options.out)
     run = load_run(options.run, options.layer)
     folder = options.out or free_folder(run.path)
     device = options.device or "auto"
@@ -181,7 +183,7 @@ def _explain(arguments: list[str]) -> int:
         evaluation = explain_classes(run, **of_data, device=device)
         title = f"{run.path.name}: {evaluation.accuracy:.2f} % right"
         written = [save_class_explanations(evaluation, run.classes, folder, title)]
-    print(f"batchcam: {written[0] if len(written) == 1 else f'{len(written):,} pictures'} in {folder}")
+    print(f"batchcam: {written[0] if len(written) == 1 else f'{len(written):,} pictures in {folder}'}")
     return _DONE
 
 

@@ -28,7 +28,7 @@ class EvaluationOptions:
     dataset: str | None = None  # another than the run's own
     data_root: Path | None = None
     masks: str | None = None  # `foreground`, `none` or a folder; None: foreground where the background is black
-    threshold: float = FOREGROUND
+    threshold: float | None = None  # of the foreground, in [0, 1); None: `FOREGROUND`
     subset: int = 500  # images for the costly measures
     device: str = "auto"
     out: Path | None = None  # default: the run directory
@@ -119,16 +119,15 @@ def load_run_data(run: Run, dataset: str | None = None, data_root: Path | None =
 
 def _masks(data: Data, images: ImageSet, options: EvaluationOptions) -> tuple[dict[str, Masks], str | None]:
     """Masks by the prefix of their figures, and what `relevance` is measured against, in words."""
-    masks = default_masks(data.name, images, options.threshold)
-    if options.masks is None:
-        return masks, f"foreground above {options.threshold:g}" if "relevance" in masks else None
-    if options.masks == "foreground":
-        if not DATASETS[data.name].foreground:
-            raise InputError(
-                f"--masks foreground needs images on black, {data.name} has others: name a folder of masks"
-            )
-        return masks, f"foreground above {options.threshold:g}"
+    threshold = FOREGROUND if options.threshold is None else options.threshold
+    masks = default_masks(data.name, images, threshold)
+    if options.masks == "foreground" and not DATASETS[data.name].foreground:
+        raise InputError(f"--masks foreground needs images on black, {data.name} has others: name a folder of masks")
+    if options.masks in (None, "foreground") and "relevance" in masks:
+        return masks, f"foreground above {threshold:g}"
+    if options.threshold is not None:
+        raise InputError("--threshold is of the foreground, which is not measured here: leave it out")
     masks.pop("relevance", None)
-    if options.masks == "none":
+    if options.masks in (None, "none"):
         return masks, None
     return {"relevance": load_masks(options.masks, images, data.classes), **masks}, options.masks

@@ -99,6 +99,16 @@ def free_folder(run_dir: Path) -> Path:
     return next(path for n in count(1) if not (path := run_dir / f"explanations-{n}").exists())
 
 
+def require_new(folder: Path) -> None:
+    """Require that a folder does not exist yet, or is empty.
+
+    Raises:
+        InputError: it holds something, or is a file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists already: name a new folder")
+
+
 def describe(explanations: Explanations) -> list[dict[str, Any]]:
     """Each explanation in words and numbers, ready for JSON."""
     classes = explanations.classes
@@ -181,8 +191,7 @@ class _NewFolder:
         self.aside = path.with_name(f".{path.name}.tmp")
 
     def __enter__(self) -> Path:
-        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise InputError(f"{self.path} exists already: name a new folder")
+        require_new(self.path)
         try:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)

@@ -311,6 +311,7 @@ def test_users_own_masks_take_the_place_of_the_foreground(
         (["--out", "missing"], "missing is not a writable folder"),
         (["--subset", "0"], "--subset"),
         (["--threshold", "2"], "--threshold"),
+        (["--threshold", "0.2", "--masks", "none"], "--threshold is of the foreground"),
     ],
 )
 def test_bad_input_is_one_line(
