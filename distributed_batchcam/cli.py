@@ -30,8 +30,8 @@ class _Terminated(BaseException):
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status: 0 done, 2 bad input, 130 SIGINT, 143 SIGTERM, 1 fault."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         return _run(list(arguments))
     except InputError as error:
@@ -46,6 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     except _Terminated:
         _say(f"batchcam: stopped by SIGTERM{_going_on(arguments)}")
         return _TERMINATED
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _going_on(arguments: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,9 @@ def test_a_traceback_never_reaches_a_user_with_bad_input() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("batchcam: error: unknown model 'resnt18'")
     assert "Traceback" not in result.stderr
+
+
+def test_the_handler_of_sigterm_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(["train", "--epochs", "many"]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before
