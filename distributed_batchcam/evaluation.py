@@ -88,6 +88,8 @@ class Evaluation:
     def figures(self) -> dict[str, float | None]:
         """Every figure of `FIGURES` that was measured, by name; None where no image defines it."""
         found = {name: float(values.nanmean()) for name, values in self.per_image.items() if name in FIGURES}
+        # A loss that is no number is the model's doing: not a figure that is undefined, to be passed over.
+        found["loss"] = float(self.per_image["loss"].mean())
         found["ece"] = 100 * self.calibration().error
         found["class_cam_ssim"] = float(self.class_similarities.nanmean())
         found["class_consistency"] = float(self.consistencies.nanmean())

@@ -45,7 +45,7 @@ def maps_of(output: CAMOutput, classes: Tensor | None, size: tuple[int, int] | N
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no gradients for the weights: a graph then holds the head alone, from the features on."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -54,4 +54,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        model.train(was_training)
+        for module in training:
+            module.training = True

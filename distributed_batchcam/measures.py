@@ -45,7 +45,7 @@ FIGURES: dict[str, FigureInfo] = {
         "Calibration error",
         "lower",
         "expected gap between confidence and accuracy over 15 bins of confidence, in percent",
-        "Guo et al. 2017, eq. 5",
+        "Guo et al. 2017, eq. 3",
     ),
     "cam_l1": FigureInfo(
         "CAM L1",
@@ -111,7 +111,7 @@ FIGURES: dict[str, FigureInfo] = {
         "Sensitivity",
         "lower",
         f"relative change of the map under uniform noise of ±{NOISE_RADIUS} of the images' range",
-        "Yeh et al. 2019",
+        "Yeh et al. 2019, Bhatt et al. 2020",
     ),
     "random_logit_ssim": FigureInfo(
         "Random logit SSIM",
@@ -248,7 +248,7 @@ class RandomLogit:
         self.num_classes = num_classes
 
     def __call__(self, batch: ExplainedBatch) -> dict[str, Tensor]:
-        shifts = self.shifts[batch.batch.indices].to(batch.targets.device)
+        shifts = self.shifts[batch.batch.indices].to(batch.targets.device, non_blocking=True)
         others = maps_of(batch.output, (batch.targets + shifts) % self.num_classes, batch.size)
         return {"random_logit_ssim": ssim(batch.maps, others)}
 
@@ -270,7 +270,7 @@ class OnSubset:
 
     def __call__(self, batch: ExplainedBatch) -> dict[str, Tensor]:
         chosen = self.members[batch.batch.indices].nonzero()[:, 0]
-        on_device = chosen.to(batch.targets.device)
+        on_device = chosen.to(batch.targets.device, non_blocking=True)
         return {
             name: torch.full_like(batch.maps[:, 0, 0], torch.nan).index_copy_(0, on_device, values)
             for name, values in self.measure(batch, chosen).items()
@@ -279,7 +279,7 @@ class OnSubset:
 
 def curves(batch: ExplainedBatch, chosen: Tensor) -> dict[str, Tensor]:
     """Areas under the deletion and insertion curves of the images at `chosen`."""
-    rows = chosen.to(batch.targets.device)
+    rows = chosen.to(batch.targets.device, non_blocking=True)
     deletion, insertion = deletion_insertion(
         batch.explainer.probabilities, batch.images[rows], batch.maps[rows], batch.targets[rows], CURVE_STEPS
     )
@@ -288,7 +288,7 @@ def curves(batch: ExplainedBatch, chosen: Tensor) -> dict[str, Tensor]:
 
 def noise_sensitivity(batch: ExplainedBatch, chosen: Tensor) -> dict[str, Tensor]:
     """Average sensitivity of the images at `chosen`."""
-    rows = chosen.to(batch.targets.device)
+    rows = chosen.to(batch.targets.device, non_blocking=True)
     images = batch.images[rows]
     changes = sensitivity(
         lambda x, classes: batch.explainer.maps(x, classes, batch.size),

@@ -66,7 +66,7 @@ def patches(images: ImageSet) -> Masks:
 def _shares_in(corners: Tensor, batch: Batch) -> Tensor:
     """(n, s, s): how much of each pixel is the patch's."""
     device = batch.images.device
-    return _shares(batch.images.shape[-1], device)[corners[batch.indices].to(device)]
+    return _shares(batch.images.shape[-1], device)[corners[batch.indices].to(device, non_blocking=True)]
 
 
 @cache
@@ -106,7 +106,12 @@ def load_masks(folder: str | Path, images: ImageSet, classes: Sequence[str]) -> 
 
 def _masks_of_classes(paths: dict[str, Path], size: int) -> Masks:
     drawn = torch.stack([_read_mask(path, size) for path in paths.values()])
-    return lambda batch: drawn.to(batch.images.device)[batch.targets]
+
+    @cache
+    def on(device: torch.device) -> Tensor:
+        return drawn.to(device)
+
+    return lambda batch: on(batch.images.device)[batch.targets]
 
 
 def _masks_of_images(paths: Sequence[Path], size: int) -> Masks:

@@ -17,13 +17,13 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Expected calibration error, Σ_b n_b/N·|accuracy_b - confidence_b| (Guo et al. 2017, eq. 5), in [0, 1]."""
+        """Expected calibration error, Σ_b n_b/N·|accuracy_b - confidence_b| (Guo et al. 2017, eq. 3), in [0, 1]."""
         gaps = (self.accuracy - self.confidence).abs().nan_to_num(0)
         return float((self.counts * gaps).sum() / self.counts.sum())
 
 
 def calibration(confidence: Tensor, correct: Tensor, bins: int = CALIBRATION_BINS) -> Calibration:
-    """How often predictions of each confidence are right (reliability diagram; Guo et al. 2017, eq. 3-4).
+    """How often predictions of each confidence are right (reliability diagram; Guo et al. 2017, section 2).
 
     Args:
         confidence: (N,) probability of the predicted class.

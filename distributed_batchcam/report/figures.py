@@ -44,7 +44,8 @@ def save_class_maps(
     bands, height = -(-len(classes) // columns), 1 + len(maps)
     # A Figure of its own needs no display and leaves no global state behind, unlike pyplot.
     figure = Figure(figsize=(1.15 * columns + 0.9, (1.38 * height) * bands + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    # Names are text, not matplotlib's mathematics: a "$" in a folder name is just that.
+    figure.suptitle(title, fontsize=10, parse_math=False)
     axes = figure.subplots(height * bands, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -53,7 +54,6 @@ def save_class_maps(
         band, column = divmod(index, columns)
         cells = axes[height * band : height * (band + 1), column]
         cells[0].imshow(prototypes[index].numpy(), cmap="gray", vmin=0, vmax=1)
-        # Names are text, not matplotlib's mathematics: a "$" in a folder name is just that.
         cells[0].set_title(_shortened(name), fontsize=8, parse_math=False)
         for cell, (label, (row, counts)) in zip(cells[1:], maps.items(), strict=True):
             if int(counts[index]) == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from distributed_batchcam.data.image_files import read_rgb
 from distributed_batchcam.explanations import Explanations
 
-LEAST_SIDE = 224  # pixels; smaller images are enlarged by a whole number
+LEAST_SIDE = 224  # pixels of the longest side; smaller images are enlarged by a whole number
 _GAP = 8
 _INK, _RIGHT, _WRONG, _PAPER = (34, 34, 34), (22, 110, 60), (176, 32, 32), (255, 255, 255)
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_SIDE = 4, 12, 112
@@ -27,12 +27,14 @@ def panel(explanations: Explanations, index: int, side: int | None = None) -> Im
         side: longest side of the image in pixels; None: as it is, but at least `LEAST_SIDE`.
     """
     image, box = _original(explanations, index)
-    scale = side / max(image.size) if side else max(1, -(-LEAST_SIDE // min(image.size)))
+    # By the longest side: a strip of one pixel would otherwise become hundreds of millions.
+    scale = side / max(image.size) if side else max(1, -(-LEAST_SIDE // max(image.size)))
     if scale != 1:
         smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        image = image.resize((round(image.width * scale), round(image.height * scale)), smooth)
-        left, top, right, bottom = (round(edge * scale) for edge in box)
-        box = (left, top, right, bottom)
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        image = image.resize((width, height), smooth)
+        left, top = min(round(box[0] * scale), width - 1), min(round(box[1] * scale), height - 1)
+        box = (left, top, max(left + 1, round(box[2] * scale)), max(top + 1, round(box[3] * scale)))
     image = image.convert("RGB")
     predicted = int(explanations.predicted[index])
     share = f"{100 * float(explanations.confidence[index]):.1f} %"
