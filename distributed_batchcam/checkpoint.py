@@ -134,8 +134,11 @@ def load_run(path: Path, target_layer: str | None = None) -> Run:
         classes, channels, size = tuple(metadata["classes"]), int(metadata["channels"]), int(metadata["image_size"])
         mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
         prototypes = load_file(run_dir / "prototypes.safetensors")
+        fits = prototypes["valid"].shape == (len(classes), size, size)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{path}: the model cannot be read: {error}") from error
+    if not fits:
+        raise InputError(f"{run_dir / 'prototypes.safetensors'} is of other classes or another size than the model")
     layer = config.target_layer if target_layer is None else target_layer
     model = create_model(config.model, len(classes), channels, size, pretrained=False, target_layer=layer)
     load_weights(model, weights, str(path))

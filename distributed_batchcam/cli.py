@@ -184,7 +184,7 @@ def _explain(arguments: list[str]) -> int:
         print(_explanation_lines(explanations))
     else:
         evaluation = explain_classes(run, **of_data, device=device)
-        title = f"{run.path.name}: {evaluation.accuracy:.2f} % right"
+        title = f"{run.path.absolute().name}: {evaluation.accuracy:.2f} % right"
         written = [save_class_explanations(evaluation, run.classes, folder, title)]
     print(f"batchcam: {written[0] if len(written) == 1 else f'{len(written):,} pictures in {folder}'}")
     return _DONE

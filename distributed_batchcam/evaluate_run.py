@@ -51,7 +51,9 @@ def evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     out = options.out or run.path
     if not out.is_dir() or not os.access(out, os.W_OK):
         raise InputError(f"{out} is not a writable folder: name one with --out")
-    accelerator = start_accelerator(run.config.model_copy(update={"device": options.device, "debug": False}))
+    # In float32 as `explain` does, and on any device: a run trained on GPUs can be looked at without one.
+    here = {"device": options.device, "precision": "no", "sync_batchnorm": False, "debug": False}
+    accelerator = start_accelerator(run.config.model_copy(update=here))
     data = load_run_data(run, options.dataset, options.data_root)
     images: ImageSet = getattr(data, options.split)
     masks, mask = _masks(data, images, options)
@@ -66,7 +68,7 @@ def evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
         world_size=accelerator.num_processes,
         workers=run.config.workers,
     )
-    explainer = Explainer(run.model.to(accelerator.device), run.normalize, accelerator.autocast)
+    explainer = Explainer(run.model.to(accelerator.device), run.normalize)
     result = evaluate(explainer, loader, run.prototypes["valid"].to(accelerator.device), measures, progress=True)
     about = {
         "run": str(run.path),

@@ -1,5 +1,6 @@
 """Explain what a trained model sees: in files, in images of its data set, or in each class as a whole."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow turns colours into grey
 
 def explain(
     run: str | Path | Run,
-    images: Sequence[str | Path] | Tensor | None = None,
+    images: str | Path | Sequence[str | Path] | Tensor | None = None,
     *,
     split: Split = "test",
     indices: Sequence[int | slice] | None = None,
@@ -37,7 +38,7 @@ def explain(
 
     Args:
         run: a run directory, one of its checkpoints, or what `load_run` returned.
-        images: image files, or a tensor (N, ch, s, s) in [0, 1] at the model's size; None: of the data set.
+        images: image files (or one), or a tensor (N, ch, s, s) in [0, 1] at the model's size; None: of the data set.
         split: which part of the data set.
         indices: positions and slices in it; None: all.
         target: class name of the files' or the tensor's images, if it is known.
@@ -67,9 +68,11 @@ def explain(
         if isinstance(images, Tensor):
             pixels = _checked(images, run)
         else:
-            sources = [Path(path) for path in images]
-            names = [path.stem for path in sources if path is not None]
-            pixels = torch.stack([_read(path, run) for path in sources if path is not None])
+            paths = [Path(path) for path in ([images] if isinstance(images, str | Path) else images)]
+            if not paths:
+                raise InputError("no image is named: give files, or positions in the data set")
+            sources, names = paths, [os.fsencode(path.stem).decode("utf-8", "replace") for path in paths]
+            pixels = torch.stack([_read(path, run) for path in paths])
         targets = None if target is None else torch.full((len(pixels),), _class_number(target, run))
     explainer = Explainer(run.model.to(chosen), run.normalize)
     prototypes = run.prototypes["valid"].to(chosen)
@@ -89,7 +92,7 @@ def explain_classes(
 
     M̄_c of the Batch-CAM paper (eq. 3-5), per class of the target, as in its figures 2 to 7.
 
-    Args: as for `explain`.
+    Args and Raises: as for `explain`.
 
     Returns:
         An evaluation with `class_maps`, `right_maps` and `wrong_maps` (C, h, w), and `prototypes`.

@@ -52,7 +52,7 @@ def save_explanations(explanations: Explanations, folder: str | Path, *, sheet: 
         if not sheet:
             for entry, picture in zip(entries, pictures, strict=True):
                 entry["picture"] = picture
-        (aside / "explanations.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (aside / "explanations.json").write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
         np.savez(aside / "explanations.npz", **_arrays(explanations))  # type: ignore[arg-type]
     return [folder / picture for picture in pictures]
 
@@ -88,7 +88,7 @@ def save_class_explanations(evaluation: Evaluation, classes: Sequence[str], fold
     ]
     with _NewFolder(folder) as aside:
         save_class_maps(aside / "class_maps.png", evaluation.prototypes, rows, classes, title)
-        (aside / "class_maps.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (aside / "class_maps.json").write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
         maps = {label: maps.numpy() for label, (maps, _) in rows.items()}
         np.savez(aside / "class_maps.npz", prototypes=evaluation.prototypes.numpy(), **maps)  # type: ignore[arg-type]
     return folder / "class_maps.png"

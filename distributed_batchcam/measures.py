@@ -239,7 +239,7 @@ class Localization:
 
 
 class RandomLogit:
-    """Similarity of each map to the map of another class (random logit test; Sixt et al. 2020, section 5)."""
+    """Similarity of each map to the map of another class (random logit test; Sixt et al. 2020)."""
 
     def __init__(self, samples: int, num_classes: int) -> None:
         # Drawn for the whole set at once: the same for every number of ranks.

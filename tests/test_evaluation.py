@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +333,29 @@ def test_figures_that_no_image_defines_are_null(explainer: Explainer, data: Data
     figures = evaluated(explainer, data.test, prototypes, map_measures(60, 10, masks)).figures()
     assert figures["relevance_mass"] is figures["relevance_rank"] is None
     assert not any(value is not None and math.isnan(value) for value in figures.values())
+
+
+def test_a_loss_that_is_not_a_number_is_not_passed_over(result: Evaluation) -> None:
+    losses = result.per_image["loss"].clone()
+    losses[0] = math.nan
+    assert replace(result, per_image={**result.per_image, "loss": losses}).figures()["loss"] is None
+
+
+@pytest.mark.parametrize("trained", ["precision: fp16", "sync_batchnorm: true"])
+def test_a_run_that_was_trained_on_gpus_is_evaluated_without_one(finished: Path, tmp_path: Path, trained: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    lines = (copy / "config.yaml").read_text().splitlines()
+    changed = [trained if line.split(":")[0] == trained.split(":")[0] else line for line in lines]
+    assert changed != lines
+    (copy / "config.yaml").write_text("\n".join(changed))
+    assert run(["evaluate", str(copy), "--device", "cpu", "--subset", "1"]) == 0
+
+
+def test_modules_that_were_frozen_stay_so(explainer: Explainer) -> None:
+    explainer.model.train()
+    explainer.model.network.fc1.eval()
+    with frozen(explainer.model):
+        assert not any(module.training for module in explainer.model.modules())
+    assert explainer.model.training
+    assert not explainer.model.network.fc1.training

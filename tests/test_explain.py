@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(colored: Path, tmp_path: 
         (["--index", "359"], "there is no image 359: the test set has 359"),
         (["--index", "5:5"], "there is no image in slice"),
         (["--index", "many"], "--index"),
-        (["--index", "1", "text.png"], "many"),
+        (["--index", "1", "text.png"], "--index"),
         (["text.png", "--split", "test"], "choose"),
         (["--target", "3"], "--target is for image files"),
         (["good.png", "--target", "eleven"], "unknown class 'eleven'"),
@@ -277,8 +278,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     Image.new("L", (20, 20), 200).save(tmp_path / "good.png")
     before = sorted(tmp_path.iterdir())
     default_out = [] if "--out" in arguments else ["--out", "out"]
-    if arguments == ["--index", "1", "text.png"]:
-        said = "--index"
     assert run(["explain", str(finished), *arguments, "--device", "cpu", *default_out]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -350,3 +349,37 @@ def test_names_as_long_as_file_systems_allow_are_shortened(colored: Path, tmp_pa
     Image.new("RGB", (40, 40), "red").save(path)
     (picture,) = save_explanations(explain(colored, [path], device="cpu"), tmp_path / "out")
     assert picture.name == f"{'é' * 100}.png"
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (7, 300)])
+def test_a_thin_strip_is_drawn_without_growing_out_of_bounds(
+    colored: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    Image.new("RGB", size, "red").save(tmp_path / "strip.png")
+    found = explain(colored, tmp_path / "strip.png", device="cpu")
+    for side in (None, 112):
+        drawn = panel(found, 0, side)
+        assert max(drawn.size) < 4 * 3000
+
+
+def test_a_name_that_is_not_utf8_is_explained(colored: Path, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe9.png"))
+    Image.new("RGB", (40, 40), "red").save(path)
+    (picture,) = save_explanations(explain(colored, [path], device="cpu"), tmp_path / "out")
+    assert picture.is_file()
+    (entry,) = json.loads((tmp_path / "out/explanations.json").read_text())
+    assert Path(entry["file"]) == path
+
+
+def test_no_image_at_all_is_refused(finished: Path) -> None:
+    with pytest.raises(InputError, match="no image is named"):
+        explain(finished, [], device="cpu")
+
+
+def test_prototypes_of_another_run_are_refused(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other, ignore=shutil.ignore_patterns("explanations*"))
+    for tensors in ({"valid": torch.zeros(9, SIZE, SIZE)}, {"train": torch.zeros(10, SIZE, SIZE)}):
+        save_file(tensors, other / "prototypes.safetensors")
+        with pytest.raises(InputError, match=r"prototypes\.safetensors is of other|cannot be read"):
+            load_run(other)

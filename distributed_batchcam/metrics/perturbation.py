@@ -10,7 +10,7 @@ from torch import Tensor
 
 Probabilities = Callable[[Tensor], Tensor]
 """Images (N, ch, h, w) in [0, 1] to class probabilities (N, C)."""
-Explainer = Callable[[Tensor, Tensor], Tensor]
+Explain = Callable[[Tensor, Tensor], Tensor]
 """Images (N, ch, h, w) in [0, 1] and classes (N,) to maps (N, h, w)."""
 
 _IMAGES_AT_A_TIME = 512  # unless there are more
@@ -41,7 +41,7 @@ def confidence_change(
 def deletion_insertion(
     probabilities: Probabilities, images: Tensor, maps: Tensor, classes: Tensor, steps: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """Areas under the deletion and the insertion curve, per image (Petsiuk et al. 2018, RISE, section 3.3).
+    """Areas under the deletion and the insertion curve, per image (causal metrics of RISE, Petsiuk et al. 2018).
 
     Pixels are blackened (deletion) or put into a black image (insertion) from the most to the least relevant
     (ties: in order of position), a share of 1/steps at a time; the curve is the probability of class c over the
@@ -78,9 +78,9 @@ def deletion_insertion(
 
 
 def sensitivity(
-    explain: Explainer, images: Tensor, maps: Tensor, classes: Tensor, noises: Iterable[Tensor], radius: float
+    explain: Explain, images: Tensor, maps: Tensor, classes: Tensor, noises: Iterable[Tensor], radius: float
 ) -> Tensor:
-    """Average sensitivity of the map to small noise, per image (Yeh et al. 2019, section 2.2; Bhatt et al. 2020).
+    """Average sensitivity of the map to small noise, per image (Bhatt et al. 2020; Yeh et al. 2019 take the maximum).
 
     mean over draws of ‖M(x + r·ε) - M(x)‖ / ‖M(x)‖ with ε uniform in [-1, 1] per value. Where M(x) is all zeros,
     a draw counts 0 if the map stays so, otherwise 1.
