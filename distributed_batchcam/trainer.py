@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -50,8 +50,13 @@ class Progress:
     best_epoch: int = 0
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train one model and leave a run directory; under a launcher, call it in every process.
+
+    Args:
+        config: what to train.
+        on_epoch: called on the main process after each epoch, once its checkpoint is saved, with the line of
+            metrics.jsonl about the validation set. What it raises ends the run, which can be resumed.
 
     Returns:
         What summary.json holds.
@@ -71,7 +76,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         _check_batch(config, len(data.train), accelerator.num_processes)
         trainer = Trainer(config, accelerator, data, run_dir)
         trainer.open_run()
-        return trainer.fit()
+        return trainer.fit(on_epoch)
     finally:
         torch.autograd.set_detect_anomaly(False)
         torch.use_deterministic_algorithms(False)
@@ -173,14 +178,16 @@ class Trainer:
 
     # Training ----------------------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the last epoch, evaluate, and write what a finished run leaves."""
+    def fit(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Train to the last epoch, evaluate, and write what a finished run leaves; `on_epoch` as for `train`."""
         try:
             with self._progress_bar() as bar:
                 while self.progress.epoch < self.config.epochs:
                     self.train_epoch(bar)
-                    self.validate_epoch()
+                    figures = self.validate_epoch()
                     self.save_checkpoint()
+                    if on_epoch is not None and self.accelerator.is_main_process:
+                        on_epoch(figures)
             summary = self.finish()
         finally:
             if self.tracker is not None:
@@ -251,15 +258,15 @@ class Trainer:
         shown = {"loss": "loss", "ce": "loss_class", "cam": "loss_cam"}
         bar.set_postfix({label: f"{figures[name]:.4f}" for label, name in shown.items()})
 
-    def validate_epoch(self) -> None:
-        """Evaluate on the validation set and remember the best epoch."""
+    def validate_epoch(self) -> dict[str, Any]:
+        """Evaluate on the validation set and remember the best epoch; returns what is logged of it."""
         result = self.evaluate("valid")
         figures = result.figures()
         if figures["loss"] is None:
             raise FloatingPointError("the validation loss is not finite: lower --lr or --weight, or set --clip-norm")
         if result.accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = result.accuracy, self.progress.epoch
-        self._log({"split": "valid", **figures})
+        line = self._log({"split": "valid", **figures})
         if self.tracker is not None:
             prototypes, step = self.prototypes["valid"], self.progress.step
             self.tracker.show_class_maps(prototypes, result.class_maps, self.data.classes, step)
@@ -270,6 +277,7 @@ class Trainer:
                 f"loss {figures['loss']:.4f}, CAM L1 {figures['cam_l1']:.4f}, CAM SSIM {figures['cam_ssim']:.3f}, "
                 f"class CAM SSIM {figures['class_cam_ssim']:.3f} ({rate:,.0f} images/s)"
             )
+        return line
 
     def evaluate(self, split: str, measures: Sequence[Measure] = BASIC) -> Evaluation:
         """Evaluate the weights that count (the moving average, where there is one) on `valid` or `test`."""
@@ -418,15 +426,16 @@ class Trainer:
     def _weights_that_count(self) -> CAMModel:
         return self.model if self.ema is None else cast(CAMModel, self.ema.module)
 
-    def _log(self, metrics: dict[str, Any]) -> None:
-        if self.metrics is None or self.tracker is None:
-            return
+    def _log(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Log metrics on the main process; returns the line of metrics.jsonl."""
         epoch = self.progress.epoch + (metrics["split"] == "train")
-        line = {"step": self.progress.step, "epoch": epoch, **metrics}
-        self.metrics.log({**line, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-        prefix = metrics["split"]
-        named = {f"{prefix}/{key}": value for key, value in metrics.items() if key != "split"}
-        self.tracker.log({"epoch": epoch, **named}, self.progress.step)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"step": self.progress.step, "epoch": epoch, **metrics, "time": now}
+        if self.metrics is not None and self.tracker is not None:
+            self.metrics.log(line)
+            named = {f"{metrics['split']}/{key}": value for key, value in metrics.items() if key != "split"}
+            self.tracker.log({"epoch": epoch, **named}, self.progress.step)
+        return line
 
     def _progress_bar(self) -> "tqdm[Any]":
         return tqdm(

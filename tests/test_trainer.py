@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from distributed_batchcam import create_model
 from distributed_batchcam.checkpoint import load_run
 from distributed_batchcam.cli import run
+from distributed_batchcam.config import make_config
 from distributed_batchcam.objectives import OBJECTIVES
+from distributed_batchcam.trainer import train as fit
 
 
 def lines_of(run_dir: Path, split: str | None = None) -> list[dict[str, Any]]:
@@ -81,6 +83,24 @@ def test_metrics_tell_step_epoch_and_each_part_of_the_loss(finished: Path) -> No
     assert training[-1]["loss"] < training[0]["loss"]
     steps = 1295 // 64  # whole global batches of the training images left after validation
     assert [line["step"] for line in lines_of(finished, "valid")] == [steps, 2 * steps, 3 * steps, 4 * steps]
+
+
+def test_whoever_follows_a_run_is_told_each_epoch_and_may_end_it(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+
+    def follow(figures: dict[str, Any]) -> None:
+        assert (tmp_path / f"run/checkpoints/epoch_{figures['epoch']:05d}").exists(), "told before it was safe"
+        told.append(figures)
+        if figures["epoch"] == 2:
+            raise SystemExit
+
+    config = make_config({"dataset": "digits", "image_size": 16, "device": "cpu", "epochs": 3, "out": tmp_path / "run"})
+    with pytest.raises(SystemExit):
+        fit(config, follow)
+    assert told == lines_of(tmp_path / "run", "valid")
+    assert [figures["epoch"] for figures in told] == [1, 2]
+    fit(make_config({**config.model_dump(exclude_none=True), "resume": "auto"}), told.append)
+    assert [figures["epoch"] for figures in told] == [1, 2, 3]
 
 
 def test_newest_and_best_checkpoints_stay(finished: Path) -> None:
