@@ -211,6 +211,15 @@ def _report(arguments: list[str]) -> int:
     return _DONE
 
 
+def _sweep(arguments: list[str]) -> int:
+    """train many models with Ray Tune: a space of options, here or over a cluster"""
+    from tune.sweep import add_arguments, sweep
+
+    parser = _command_parser("sweep", "Run a space of training options with Ray Tune, or go on with a sweep.")
+    add_arguments(parser)
+    return sweep(_parse(parser, arguments))
+
+
 def _doctor(arguments: list[str]) -> int:
     """what this machine has and what is missing"""
     parser = _command_parser("doctor", "Check devices, backends, versions, data and logins.")
@@ -229,6 +238,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "explain": _explain,
     "report": _report,
+    "sweep": _sweep,
     "doctor": _doctor,
 }
 

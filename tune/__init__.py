@@ -1,0 +1,1 @@
+"""Sweeps: Ray Tune schedules training runs over whatever a cluster has."""
