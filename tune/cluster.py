@@ -2,6 +2,9 @@
 
 import math
 import os
+import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,20 +60,33 @@ def connected(address: str | None) -> Iterator[bool]:
         yield True
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
+            _require_listener(address)
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}): check --address, "
             "or leave it out to use this machine"
         ) from None
+    if in_main_thread:
+        # Ray ends the process at SIGTERM; whoever called has a word to say first.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield address is not None
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself would try for many minutes before it says that nothing listens at HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def resources_per_trial(workers: int, cpus: float, gpus: float | None, *, is_cluster: bool) -> Resources:

@@ -37,7 +37,7 @@ class Progress(Callback):
 
     def on_trial_start(self, iteration: int, trials: list["RayTrial"], trial: "RayTrial", **info: Any) -> None:
         mine = self._of(trial)
-        mine.state, mine.reason, mine.attempts = "running", "", mine.attempts + 1
+        mine.state, mine.reason, mine.summary, mine.attempts = "running", "", {}, mine.attempts + 1
         self._changed()
 
     def on_trial_result(

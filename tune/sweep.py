@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import random
 import secrets
 import sys
 import tempfile
@@ -41,7 +42,7 @@ class Plan:
     seed: int = 0
     scheduler: Literal["none", "asha"] = "none"
     grace_epochs: int = 1
-    reduction_factor: int = 3
+    reduction_factor: int = 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Sweep:
     def _extent(self) -> str:
         count = self.plan.samples if self.plan.searcher == "optuna" else len(self.record.trials)
         done = self.record.count("finished")
-        return f"{count:,} trials" + (f", {done:,} of them finished before" if done else "")
+        return f"{count:,} trial{'' if count == 1 else 's'}" + (f", {done:,} of them finished before" if done else "")
 
     def _fit(self, wanted: Resources) -> None:
         import ray.tune as ray_tune
@@ -134,6 +135,9 @@ class Sweep:
             )
             try:
                 tuner.fit()
+            except SystemError as error:
+                # What a signal raises while Ray's compiled code waits comes out wrapped up.
+                raise error.__cause__ or error from None
             finally:
                 progress.close()
 
@@ -141,14 +145,15 @@ class Sweep:
         """The trials for Tune to go through, or a searcher that finds them."""
         if self.plan.searcher == "optuna":
             return [], self._optuna()
-        records = self.record.trials
-        trials = sorted(self.trials(), key=lambda trial: records[trial.id].state not in ("finished", "stopped"))
-        if self.plan.scheduler == "none":
-            return [trial for trial in trials if records[trial.id].state != "finished"], None
-        # The scheduler compares with what was done before, which those trials report without doing it again.
-        started = any(records[trial.id].state == "finished" for trial in trials)
-        unfinished = [trial for trial in trials if records[trial.id].state not in ("finished", "stopped")]
-        return (trials if started and unfinished else unfinished), None
+        trials = self.trials()
+        done = {entry.id for entry in self.record.trials.values() if entry.state in ("finished", "stopped")}
+        left = [trial for trial in trials if trial.id not in done]
+        if self.plan.scheduler == "none" or not left:
+            return left, None
+        # Each trial is compared with those before it: neighbours on the grid would make a poor sample.
+        random.Random(self.plan.seed).shuffle(trials)  # noqa: S311 (no secret)
+        # What was done before is reported first, without doing it again, so that the scheduler knows it.
+        return sorted(trials, key=lambda trial: trial.id not in done), None
 
     def _scheduler(self) -> "TrialScheduler | None":
         if self.plan.scheduler == "none":
@@ -219,7 +224,7 @@ def _quiet() -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     for name in ("ray.tune", "ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 # Command line --------------------------------------------------------------------------------------------
@@ -239,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
     what.add_argument("--scheduler", choices=["none", "asha"], help="asha stops weak trials early (default: none)")
     what.add_argument("--grace-epochs", type=_positive, metavar="N", help="asha: epochs that every trial gets (1)")
-    what.add_argument("--reduction-factor", type=_factor, metavar="N", help="asha: one in N trials goes on (3)")
+    what.add_argument("--reduction-factor", type=_factor, metavar="N", help="asha: one in N trials goes on (2)")
     what.add_argument("--dry-run", action="store_true", help="print the trials and what they ask for, and stop")
     where = parser.add_argument_group("where")
     where.add_argument("--storage", metavar="DIR|URI", help="a folder that all nodes share, or s3://…, gs://…")
@@ -275,7 +280,9 @@ def sweep(options: argparse.Namespace) -> int:
     if options.space is None:
         raise InputError("name what to try with --space, or --resume a sweep with its --storage")
     space = read_space(options.space).with_fixed(_assignments(options.set))
-    paths = {name: _absolute(str(space.fixed[name])) for name in _PATHS if isinstance(space.fixed.get(name), str)}
+    paths: Options = {
+        name: _absolute(str(space.fixed[name])) for name in _PATHS if isinstance(space.fixed.get(name), str)
+    }
     space = space.with_fixed(paths)
     plan = _plan(options, space)
     if options.dry_run:

@@ -1,6 +1,8 @@
 """One trial of a sweep, as Ray Tune runs it: an ordinary run that reports to Tune after every epoch."""
 
 import json
+import os
+import socket
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +56,7 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
         redirect_stdout(log),
         redirect_stderr(log),
     ):
+        print(f"batchcam: trial {trial.id} on {socket.gethostname()}, process {os.getpid()}", flush=True)
         try:
             _require_shared(storage, settings)
             history = [line for line in _history(folder.path) if line["epoch"] <= settings.stopped.get(trial.id, 1e9)]
@@ -96,8 +99,6 @@ def _report(figures: dict[str, Any], **further: Any) -> None:
 def _require_shared(storage: Storage, settings: Settings) -> None:
     content = storage.read(SWEEP)
     if content is None or json.loads(content)["id"] != settings.sweep:
-        import socket
-
         raise InputError(
             f"--storage {storage} is not the same folder on {socket.gethostname()}: "
             "name one that all nodes share, or a URI such as s3://bucket/path"
