@@ -64,7 +64,9 @@ def violations(module: str, source: str) -> list[str]:
     found = []
     for name in imports(ast.parse(source), here):
         root, *inner = name.split(".")
-        if root != "distributed_batchcam":
+        if root in ("tune", "benchmarks") and (root, top) != ("tune", "cli"):
+            found.append(f"{module} imports {root}, which stands on top of the package")
+        elif root != "distributed_batchcam":
             if top in CORE and root != "torch" and root not in sys.stdlib_module_names:
                 found.append(f"{module} imports {root}: it must need torch and the standard library alone")
         elif not inner or inner[0] not in HEIGHT:
@@ -113,6 +115,8 @@ def test_every_core_module_is_there() -> None:
         ("distances", "import numpy as np", "distances imports numpy: it must need torch"),
         ("checks", "try:\n    import pydantic\nexcept ImportError: pass", "checks imports pydantic"),
         ("objectives", "def f():\n    import timm", "objectives imports timm"),
+        ("cli", "def f():\n    from tune.sweep import sweep", None),
+        ("trainer", "from tune.space import Space", "trainer imports tune, which stands on top"),
         ("novelty", "", "novelty has no place in LAYERS: add it to the table in test_imports.py"),
     ],
 )
