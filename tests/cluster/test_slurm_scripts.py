@@ -35,6 +35,7 @@ def job(script: str, *arguments: str, folder: Path, number: int, nodes: int = 2,
             SLURM_NNODES=str(nodes),
             SLURM_CPUS_PER_TASK="1",
             SCONTROL_LOG=str(folder / "scontrol.log"),
+            SLURM_STEPS=str(folder / "steps"),
             **{"ACCELERATE_USE_CPU": "true", "PROCESSES_PER_NODE": "1", **extra},
         ),
     )
