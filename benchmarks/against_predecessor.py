@@ -4,7 +4,7 @@ Four tables, each with this package's way in its first row:
 
 * maps: of a batch whose logits and features stand, graph and all; the forward pass is not timed. This carries
   the bar, against the faster of the two algorithms: it is the part that differs. `grad_cam` is called as anybody
-  would, without the channel offset that the trainer adds.
+  would, without the closed form of α that the trainer hands in.
 * differentiable maps: the same with `create_graph=True`, as a loss needs them; hooks cannot do that.
 * images to maps: the forward pass included; here also the hooks with a forward pass for each image.
 * training step: forward, cross-entropy + λ·(L1 prototype loss), backward, AdamW, zero_grad.
@@ -84,9 +84,7 @@ def maps_of_a_graph(model: CAMModel, hookable: HookableNetwork, hooks: Hooks, im
     output, hooked_logits = model(images), hookable(images)
     return {
         "grad_cam": lambda: grad_cam(output.logits, output.features),
-        "grad_cam, channel offset": lambda: grad_cam(
-            output.logits, output.features, channel_offset=output.channel_offset
-        ),
+        "grad_cam, closed-form α": lambda: grad_cam(output.logits, output.features, alpha=output.alpha),
         LOOP: lambda: gradcam_by_loop(output.logits, output.features, create_graph=False),
         HOOKS: lambda: maps_of_hooks(hookable, hooked_logits, hooks),
     }
@@ -97,8 +95,8 @@ def differentiable_maps(model: CAMModel, images: Tensor) -> Variants:
     output = model(images)
     return {
         "grad_cam": lambda: grad_cam(output.logits, output.features, create_graph=True),
-        "grad_cam, channel offset": lambda: grad_cam(
-            output.logits, output.features, create_graph=True, channel_offset=output.channel_offset
+        "grad_cam, closed-form α": lambda: grad_cam(
+            output.logits, output.features, create_graph=True, alpha=output.alpha
         ),
         LOOP: lambda: gradcam_by_loop(output.logits, output.features),
     }

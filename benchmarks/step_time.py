@@ -1,8 +1,8 @@
 """Time of a training step with each objective ÷ the step of a plain network with cross-entropy.
 
 A step is forward, loss, backward, AdamW, zero_grad. The denominator is what one would write without this
-package: `F.cross_entropy(network(images), targets)` on the bare network, without its feature maps or a channel
-offset. `baseline`, this package's cross-entropy objective, is one of the variants. All share the same weights.
+package: `F.cross_entropy(network(images), targets)` on the bare network, without its feature maps or α.
+`baseline`, this package's cross-entropy objective, is one of the variants. All share the same weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,7 +113,7 @@ def objective_loss(model: CAMModel, objective: Objective, images: Tensor, target
         output.features,
         targets,
         images,
-        channel_offset=output.channel_offset,
+        alpha=output.alpha,
         batch_size=len(images),
     )
     total: Tensor = parts.total
