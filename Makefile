@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types imports bench clean
+.PHONY: help install demo test check lint format types imports bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,11 +45,21 @@ types: $(VENV)/.installed
 imports: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_imports.py
 
-bench: $(VENV)/.installed ## measure what the README claims, on this machine
-	$(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.against_predecessor
-	$(BIN)/python -m benchmarks.cam_libraries
-	$(BIN)/python -m benchmarks.explain_speed --dataset digits --images 350
+# digits needs no files; with MNIST and Fashion-MNIST in $BATCHCAM_DATA: make bench BENCH_DATA=mnist, as the README has it.
+BENCH_DATA ?= digits
+bench: $(VENV)/.installed ## measure what the README claims, on this machine's CPU
+	$(BIN)/python -m benchmarks.step_time --device cpu
+	$(BIN)/python -m benchmarks.against_predecessor --device cpu
+	$(BIN)/python -m benchmarks.cam_libraries --device cpu
+	$(BIN)/python -m benchmarks.explain_speed --device cpu $(if $(filter digits,$(BENCH_DATA)),--dataset digits --images 350)
+	$(BIN)/python -m benchmarks.epoch_time --device cpu --dataset $(BENCH_DATA)
+	$(BIN)/python -m benchmarks.fraction_of_peak --device cpu --image-size 28 --batch-size 32 --matrix 2048 --rounds 5
+	$(BIN)/python -m benchmarks.collective_traffic
+	$(BIN)/python -m benchmarks.memory --device cpu --batch-size 32
+	$(BIN)/python -m benchmarks.time_to_accuracy --device cpu --datasets $(BENCH_DATA)
+
+bench-gpu: $(VENV)/.installed ## the same on a GPU; without one, a smoke run of each on the CPU
+	$(BIN)/python -m benchmarks.gpu
 
 clean: ## remove .venv and caches (never runs/)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

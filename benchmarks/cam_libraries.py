@@ -155,7 +155,7 @@ def images_to_maps(model: CAMModel, images: Tensor) -> Variants:
 
     def ours() -> Tensor:
         output = model(images)
-        return grad_cam(output.logits, output.features, channel_offset=output.channel_offset)
+        return grad_cam(output.logits, output.features, alpha=output.alpha)
 
     def pytorch_grad_cam(watched: HookableNetwork, given: Tensor) -> Callable[[], Tensor]:
         cam = PytorchGradCAM(model=watched, target_layers=[watched.target])

@@ -33,9 +33,8 @@ LIMIT, BAR_IMAGES, BAR_DATASET, BAR_THREADS = 1.2, 1000, "mnist", 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argument_parser(
-        "explain_speed", "Time of explaining images ÷ plain forward pass, both with files.", rounds=5
+        "explain_speed", "Time of explaining images ÷ plain forward pass, both with files.", rounds=5, warmup=1
     )
-    parser.set_defaults(warmup=1)
     parser.add_argument("--dataset", default=BAR_DATASET, help="data set (%(default)s); digits needs no files")
     parser.add_argument("--images", type=positive, default=BAR_IMAGES, help="how many test images (%(default)s)")
     options = parser.parse_args(arguments)

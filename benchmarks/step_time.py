@@ -1,11 +1,16 @@
 """Time of a training step with each objective ÷ the step of a plain network with cross-entropy.
 
 A step is forward, loss, backward, AdamW, zero_grad. The denominator is what one would write without this
-package: `F.cross_entropy(network(images), targets)` on the bare network, without its feature maps or a channel
-offset. `baseline`, this package's cross-entropy objective, is one of the variants. All share the same weights.
+package: `F.cross_entropy(network(images), targets)` on the bare network, without its feature maps or α.
+`baseline`, this package's cross-entropy objective, is one of the variants. All share the same weights, and all
+have the same setting: precision, memory format, and either the network compiled as a whole (plain) and its
+backbone (the others), or neither.
 """
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +18,7 @@ from torch import Tensor
 
 from distributed_batchcam.config import RunConfig
 from distributed_batchcam.errors import InputError
-from distributed_batchcam.models import CAMModel, create_model
+from distributed_batchcam.models import PAPER_MODELS, CAMModel, create_model
 from distributed_batchcam.objectives import OBJECTIVES, Objective
 from distributed_batchcam.optim import make_optimizer
 
@@ -25,9 +30,28 @@ BATCH_SIZES, OTHER_BATCH_SIZE = {"simple_cnn": 128}, 64
 # become denormal numbers, which are slow.
 LEARNING_RATE = 1e-9
 PLAIN = "plain"
-# (model, batch size, objective, times the plain step), on the CPU with two threads.
-BARS = [("simple_cnn", 128, "bcpl_l1", 1.15), ("resnet18", 64, "bcpl_l1", 1.03)]
-BAR_THREADS = 2
+BAR_OBJECTIVE, BAR_THREADS = "bcpl_l1", 2
+# Times the plain step at the batch sizes above: on the CPU in float32, on a GPU in the fastest setting of both.
+CPU_BARS = {"simple_cnn": 1.06, "resnet18": 1.02, "convnextv2_tiny": 1.02}
+GPU_BARS = {"simple_cnn": 1.10, "resnet18": 1.03, "convnextv2_tiny": 1.03}
+
+
+class Setting(NamedTuple):
+    """How all variants of a table run."""
+
+    precision: str = "no"
+    compiled: bool = False
+    channels_last: bool = False
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        words = ["float32" if self.precision == "no" else self.precision]
+        words += ["compiled"] * self.compiled + ["channels-last"] * self.channels_last
+        return " ".join(words)
+
+
+Tables = Mapping[tuple[str, Setting], Table]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,62 +59,115 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser(
         "step_time", "Time of a training step with each objective ÷ that of the plain step.", rounds=20
     )
-    parser.add_argument("--models", nargs="+", default=["simple_cnn", "resnet18"], help="simple_cnn resnet18")
+    parser.add_argument("--models", nargs="+", default=PAPER_MODELS, help=" ".join(PAPER_MODELS))
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES, help="all")
     parser.add_argument("--batch-size", type=positive, help="128 for simple_cnn, 64 for others")
+    parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16"], help="no (float32)")
+    parser.add_argument("--compile", nargs="+", default=["no"], choices=["no", "yes"], help="no")
+    parser.add_argument("--channels-last", nargs="+", default=["no"], choices=["no", "yes"], help="no")
     options = parser.parse_args(arguments)
     device = choose_device(parser, options.device)
+    settings = [
+        Setting(precision, compiled == "yes", channels_last == "yes")
+        for precision in options.precisions
+        for compiled in options.compile
+        for channels_last in options.channels_last
+    ]
 
-    tables: dict[tuple[str, int], Table] = {}
+    tables: dict[tuple[str, Setting], Table] = {}
     with steady(options.threads):
         for name in options.models:
             batch_size = options.batch_size or BATCH_SIZES.get(name, OTHER_BATCH_SIZE)
-            try:
-                variants = training_steps(name, options.objectives, batch_size, device)
-            except InputError as error:
-                parser.error(str(error))
-            title = f"training step, {name}, batch {batch_size}, {device.type}"
-            tables[name, batch_size] = measure(
-                title, variants, rounds=options.rounds, warmup=options.warmup, device=device
-            )
-    as_the_bars_say = device.type == "cpu" and options.threads == BAR_THREADS
-    bars = [
+            for setting in settings:
+                try:
+                    variants = training_steps(name, options.objectives, batch_size, device, setting)
+                except InputError as error:
+                    parser.error(str(error))
+                title = f"training step, {name}, batch {batch_size}, {device.type}, {setting.text}"
+                tables[name, setting] = measure(
+                    title, variants, rounds=options.rounds, warmup=options.warmup, device=device
+                )
+    report("step_time", options, device, list(tables.values()), bars(tables, options, device))
+
+
+def bars(tables: Tables, options: argparse.Namespace, device: torch.device) -> list[Bar]:
+    """Of the CPU and of a GPU; those of the device that this is not are not measured."""
+    usual = options.batch_size is None and BAR_OBJECTIVE in options.objectives
+    on_cpu = usual and device.type == "cpu" and options.threads == BAR_THREADS
+    on_gpu = usual and device.type == "cuda"
+    found = [
         Bar(
-            f"{objective} ÷ plain, {model}, batch {batch_size}, cpu, {BAR_THREADS} threads,",
+            f"{BAR_OBJECTIVE} ÷ {PLAIN}, {model}, batch {BATCH_SIZES.get(model, OTHER_BATCH_SIZE)}, "
+            f"cpu, {BAR_THREADS} threads,",
             "at most",
             limit,
-            _ratio(tables.get((model, batch_size)), objective) if as_the_bars_say else None,
+            tables[model, Setting()].row(BAR_OBJECTIVE).ratio.median
+            if on_cpu and (model, Setting()) in tables
+            else None,
         )
-        for model, batch_size, objective, limit in BARS
+        for model, limit in CPU_BARS.items()
     ]
-    report("step_time", options, device, list(tables.values()), bars)
+    for model, limit in GPU_BARS.items():
+        of_model = [table for (name, _), table in tables.items() if name == model]
+        found.append(
+            Bar(
+                f"{BAR_OBJECTIVE} ÷ {PLAIN}, {model}, cuda, fastest setting of both,",
+                "at most",
+                limit,
+                fastest(of_model, BAR_OBJECTIVE) / fastest(of_model, PLAIN) if on_gpu and of_model else None,
+            )
+        )
+    return found
+
+
+def fastest(tables: Sequence[Table], variant: str) -> float:
+    """Median seconds of a variant in the setting that suits it best."""
+    return min(table.row(variant).seconds.median for table in tables)
 
 
 def training_steps(
-    name: str, objectives: Sequence[str], batch_size: int, device: torch.device
+    name: str,
+    objectives: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+    setting: Setting = Setting(),  # noqa: B008  (immutable)
+    *,
+    image_size: int = IMAGE_SIZE,
 ) -> dict[str, Callable[[], None]]:
     """By variant, a function that does a training step; the plain one first."""
     torch.manual_seed(0)
-    model = create_model(name, NUM_CLASSES, 1, IMAGE_SIZE).to(device).train()
+    model = create_model(name, NUM_CLASSES, 1, image_size).to(device).train()
+    images, targets, prototypes = random_batch(batch_size, device, image_size)
+    if setting.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     optimizer = make_optimizer(RunConfig(lr=LEARNING_RATE), model)
-    images, targets, prototypes = random_batch(batch_size, device)
+    network: Any = model.network
+    if setting.compiled:
+        network = torch.compile(network)
+        model.compile_backbone()
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16")
 
     def plain_loss() -> Tensor:
-        return F.cross_entropy(model.network(images), targets)
+        with autocast():
+            logits = network(images)
+        return F.cross_entropy(logits.float(), targets)
 
     def loss_of(objective: Objective) -> Callable[[], Tensor]:
-        return lambda: objective_loss(model, objective, images, targets)
+        return lambda: objective_loss(model, objective, images, targets, autocast)
 
     losses = {PLAIN: plain_loss, **{name: loss_of(Objective(name, prototypes)) for name in objectives}}
     return {name: training_step(loss, optimizer) for name, loss in losses.items()}
 
 
-def random_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(batch_size: int, device: torch.device, size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Random images (N, 1, s, s), targets (N,) with all classes where N allows it, random prototypes (C, s, s)."""
     return (
-        torch.rand(batch_size, 1, IMAGE_SIZE, IMAGE_SIZE).to(device),
+        torch.rand(batch_size, 1, size, size).to(device),
         torch.arange(batch_size).remainder(NUM_CLASSES).to(device),
-        torch.rand(NUM_CLASSES, IMAGE_SIZE, IMAGE_SIZE).to(device),
+        torch.rand(NUM_CLASSES, size, size).to(device),
     )
 
 
@@ -105,25 +182,26 @@ def training_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) 
     return step
 
 
-def objective_loss(model: CAMModel, objective: Objective, images: Tensor, targets: Tensor) -> Tensor:
+def objective_loss(
+    model: CAMModel,
+    objective: Objective,
+    images: Tensor,
+    targets: Tensor,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
     """Forward pass and objective, called as the trainer calls them."""
-    output = model(images)
+    with autocast():
+        output = model(images)
     parts = objective(
         output.logits,
         output.features,
         targets,
         images,
-        channel_offset=output.channel_offset,
+        alpha=output.alpha,
         batch_size=len(images),
     )
     total: Tensor = parts.total
     return total
-
-
-def _ratio(table: Table | None, variant: str) -> float | None:
-    if table is None or all(row.name != variant for row in table.rows):
-        return None
-    return table.row(variant).ratio.median
 
 
 if __name__ == "__main__":

@@ -103,12 +103,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure has to reach; `measured` is None where this run's settings are not the bar's."""
+    """What a figure (in `unit`) has to reach; `measured` is None where this run's settings are not the bar's."""
 
     what: str
     direction: Literal["at most", "at least"]
     limit: float
     measured: float | None
+    unit: str = "×"
 
     @property
     def passed(self) -> Passed:
@@ -120,8 +121,8 @@ class Bar:
     def text(self) -> str:
         """The bar and its outcome in one line."""
         outcomes = {True: "passed", False: "MISSED", "not measured": "not measured"}
-        measured = "" if self.measured is None else f"{_short(self.measured)}×, "
-        return f"bar: {self.what} {self.direction} {self.limit:g}×: {measured}{outcomes[self.passed]}"
+        measured = "" if self.measured is None else f"{_short(self.measured)}{self.unit}, "
+        return f"bar: {self.what} {self.direction} {self.limit:g}{self.unit}: {measured}{outcomes[self.passed]}"
 
 
 def measure(
@@ -218,11 +219,14 @@ def _set_malloc(*, mapped_blocks: int, trim_threshold: int) -> None:
 # Command line and report --------------------------------------------------------------------------
 
 
-def argument_parser(module: str, description: str, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+def argument_parser(module: str, description: str, *, rounds: int, warmup: int = 3) -> argparse.ArgumentParser:
+    """The options that all benchmarks share; a benchmark that has no warm-up (0) has no option for it."""
     parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
     parser.add_argument("--rounds", type=_at_least(2), default=rounds, help="timed runs of each variant (%(default)s)")
-    parser.add_argument("--warmup", type=_at_least(1), default=3, help="untimed runs before (%(default)s)")
+    if warmup:
+        parser.add_argument("--warmup", type=_at_least(1), default=warmup, help="untimed runs before (%(default)s)")
+    else:
+        parser.set_defaults(warmup=0)
     parser.add_argument("--threads", type=_at_least(1), default=2, help="CPU threads of torch (%(default)s)")
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one"

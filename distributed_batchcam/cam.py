@@ -3,12 +3,21 @@
 Samples are independent in the head (the part of a network after the target layer), so the gradient
 of the *sum* of the chosen logits holds every image's own gradient. One `autograd.grad` call through
 the head therefore serves the whole batch and never walks the backbone, in second order neither.
+Grad-CAM needs that gradient's spatial mean α alone; a head that knows it in closed form hands it in.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import check_features, check_targets
+
+Alpha = Callable[[Tensor], Tensor]
+"""Classes c (N,) to α (N, K), α_ik = mean_{u,v} ∂L[i, c_i]/∂A_ikuv: what a head knows about itself."""
 
 
 def grad_cam(
@@ -18,7 +27,7 @@ def grad_cam(
     *,
     normalize: bool = True,
     create_graph: bool = False,
-    channel_offset: Tensor | None = None,
+    alpha: Alpha | None = None,
     validate: bool = True,
 ) -> Tensor:
     """Grad-CAM of every image of a batch (Batch-CAM paper, Algorithm 1; Selvaraju et al. 2017, eq. 1-2).
@@ -31,7 +40,7 @@ def grad_cam(
         classes: (N,) class c_i of each map; None takes the predicted class.
         normalize: scale each map to [0, 1]; a constant map becomes zeros.
         create_graph: keep the maps differentiable, for use in a loss.
-        channel_offset: see `channel_weights`; the same maps without an (N, K, H, W) gradient.
+        alpha: see `channel_weights`; the same maps without an (N, K, H, W) gradient.
         validate: check the values of `classes` too; on a GPU that waits for the device once.
 
     Returns:
@@ -45,7 +54,7 @@ def grad_cam(
         classes = logits.detach().argmax(1)
     else:
         check_targets(classes, len(logits), logits.shape[1], values=validate)
-    weights = channel_weights(logits, features, classes, channel_offset=channel_offset, create_graph=create_graph)
+    weights = channel_weights(logits, features, classes, alpha=alpha, create_graph=create_graph)
     maps = weighted_activations(weights, features if create_graph else features.detach()).relu()
     return normalize_maps(maps) if normalize else maps
 
@@ -55,7 +64,7 @@ def channel_weights(
     features: Tensor,
     classes: Tensor,
     *,
-    channel_offset: Tensor | None = None,
+    alpha: Alpha | None = None,
     create_graph: bool = False,
 ) -> Tensor:
     """α_ik = mean_{u,v} ∂L[i, c_i]/∂A_ikuv, the weight of each channel (Selvaraju et al. 2017, eq. 1).
@@ -64,49 +73,102 @@ def channel_weights(
         logits: (N, C).
         features: (N, K, H, W).
         classes: (N,) class c_i of each image.
-        channel_offset: (N, K) zeros o for which the head computed logits = head(A + o[:, :, None, None]).
-            Then Σ_{u,v} ∂L/∂A_ikuv = ∂L/∂o_ik, exactly and in every order of differentiation. A head
-            that knows how a constant per channel travels (through a mean-pool, unchanged) adds o
-            beyond its pooling, and the (N, K, H, W) gradient is never built.
+        alpha: gives the same α for these classes, from what the head knows of itself; where it is None,
+            autograd finds α through the head. It is called with gradients enabled if `create_graph` is set,
+            and must then be differentiable as autograd's α is.
         create_graph: keep α differentiable.
 
     Returns:
         (N, K), float32 or better.
 
     Raises:
-        ValueError: the logits do not depend on `features` (or on `channel_offset`).
+        ValueError: the logits do not depend on `features`, or `alpha` gives another shape.
     """
-    source = features if channel_offset is None else channel_offset
+    classes = classes.long()
+    with torch.set_grad_enabled(create_graph), torch.autocast(features.device.type, enabled=False):
+        if alpha is None:
+            return gradient_of_logits(logits, features, classes).to(_working_dtype(features)).mean((2, 3))
+        weights = alpha(classes).to(_working_dtype(features))
+        if weights.shape != features.shape[:2]:
+            raise ValueError(f"alpha must give (N, K) = {tuple(features.shape[:2])}, got {tuple(weights.shape)}")
+        return weights
+
+
+def gradient_of_logits(logits: Tensor, source: Tensor, classes: Tensor) -> Tensor:
+    """∂L[i, c_i]/∂source_i of each image i, of the shape of `source` (N, …); differentiable if gradients are enabled.
+
+    Raises:
+        ValueError: the logits do not depend on `source`.
+    """
     if not (logits.requires_grad and source.requires_grad):
         raise ValueError(
             "logits and features carry no autograd graph: compute both with gradients enabled "
             "(not under torch.no_grad, torch.inference_mode or after detach)"
         )
-    with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
-        # retain_graph: the caller goes on to use these logits, for the loss or for another class.
-        (gradient,) = torch.autograd.grad(
-            logits.gather(1, classes.long()[:, None]).sum(),
-            source,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
+    (gradient,) = torch.autograd.grad(
+        logits,
+        source,
+        grad_outputs=torch.zeros_like(logits).scatter_(1, classes[:, None], 1),
+        create_graph=torch.is_grad_enabled(),
+        # The caller goes on to use these logits, for the loss or for another class.
+        retain_graph=True,
+        allow_unused=True,
+    )
+    if gradient is None:
+        raise ValueError(
+            "features are not in the autograd graph of the logits: "
+            "pass the very tensor from which the logits were computed"
         )
-        if gradient is None:
-            raise ValueError(
-                "features are not in the autograd graph of the logits: "
-                "pass the very tensor from which the logits were computed"
-            )
-        gradient = gradient.to(_working_dtype(features))
-        if channel_offset is not None:
-            return gradient / (features.shape[2] * features.shape[3])
-        return gradient.mean((2, 3))
+    return gradient
 
 
 def weighted_activations(weights: Tensor, features: Tensor) -> Tensor:
     """Σ_k w_ik A_ik: (N, K) and (N, K, H, W) to (N, H, W), float32 or better."""
     with torch.autocast(features.device.type, enabled=False):
-        activations = features.to(weights.dtype).flatten(2)
-        return torch.bmm(weights[:, None], activations).view(len(features), *features.shape[2:])
+        maps: Tensor = _WeightedSum.apply(weights, features.to(weights.dtype).flatten(2))
+        return maps.view(len(features), *features.shape[2:])
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Σ_k w_k A_k of (N, K) and (N, K, P).
+
+    By itself autograd would take its products at the precision that the user allows matrix products, which may
+    be TF32, and its outer product as a matrix product of inner size 1, at twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, activations: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, activations)
+        with _full_precision():
+            return torch.bmm(weights[:, None], activations)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weights, activations = ctx.saved_tensors
+        for_weights = for_activations = None
+        if ctx.needs_input_grad[0]:
+            with _full_precision():
+                for_weights = torch.bmm(activations, grad[:, :, None])[:, :, 0]
+        if ctx.needs_input_grad[1]:
+            # In the activations' order in memory, that of the gradient it will be added to.
+            buffer = torch.empty_like(activations)
+            for_activations = torch.mul(weights[:, :, None], grad[:, None], out=buffer)
+        return for_weights, for_activations
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever is allowed elsewhere (TF32, bfloat16)."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    allowed = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
 
 
 def normalize_maps(maps: Tensor) -> Tensor:
@@ -115,14 +177,14 @@ def normalize_maps(maps: Tensor) -> Tensor:
     A map counts as constant when its span is within rounding error of its largest value: relative,
     so that scaling a map by any factor changes nothing. Gradients of constant maps are zero.
     """
-    low = maps.amin((1, 2), keepdim=True)
-    high = maps.amax((1, 2), keepdim=True)
+    low, high = torch.aminmax(maps.flatten(1), dim=1, keepdim=True)
     span = high - low
-    rounding = 8 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())
-    varies = (span > rounding) & (span > torch.finfo(maps.dtype).tiny)
-    # The inner `where` keeps 0/0 out of the graph: the outer alone would leave NaN gradients.
-    scaled = (maps - low) / torch.where(varies, span, torch.ones_like(span))
-    return torch.where(varies, scaled, torch.zeros_like(scaled))
+    with torch.no_grad():
+        # max(high, -low) is the largest absolute value.
+        rounding = 8 * torch.finfo(maps.dtype).eps * torch.maximum(high, -low)
+        constant = span <= rounding.clamp_(min=torch.finfo(maps.dtype).tiny)
+    # Divided by infinity a constant map is zero, and so is its gradient: no 0/0 in either direction.
+    return (maps - low[:, :, None]) / span.masked_fill(constant, torch.inf)[:, :, None]
 
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:

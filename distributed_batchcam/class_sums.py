@@ -7,16 +7,18 @@ For each class c with N_c samples in the global batch (Batch-CAM paper, eq. 3-5)
 Averaging each rank's own M̄_c is not M̄_c of the global batch, hence the reductions:
 
 * `sums`: one all-reduce of counts, Σα and ΣA, C·(1 + K + K·H·W) numbers; none in the backward.
-* `factored`: the map before the ReLU is linear in ΣA once ᾱ is global, so an all-reduce of counts and
+* `factored`: the map before the ReLU is linear in ΣA once Σα is global, so an all-reduce of counts and
   Σα, C·(1 + K) numbers, then one of the weighted maps, C·H·W; one of C·K in the backward.
 * `local`: this rank only.
 """
 
+import math
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
-from .cam import channel_weights, normalize_maps, weighted_activations
+from .cam import Alpha, channel_weights, normalize_maps, weighted_activations
 from .checks import check_features, check_targets
 from .collectives import Upstream, all_reduce_sum, all_reduce_sums
 
@@ -47,7 +49,7 @@ def class_cams(
     reduction: Reduction = "factored",
     normalize: bool = True,
     create_graph: bool = False,
-    channel_offset: Tensor | None = None,
+    alpha: Alpha | None = None,
     validate: bool = True,
 ) -> ClassCams:
     """One CAM per class from the averaged features and gradients of the global batch (paper, eq. 3-5).
@@ -62,7 +64,7 @@ def class_cams(
         normalize: scale each map to [0, 1]; a constant map becomes zeros.
         create_graph: keep the maps differentiable, for use in a loss. Their gradients are such that
             DDP's average over ranks is the gradient of one process on the whole batch.
-        channel_offset: see `cam.channel_weights`.
+        alpha: see `cam.channel_weights`.
         validate: check the values of `targets` too; on a GPU that waits for the device once.
 
     Returns:
@@ -76,7 +78,7 @@ def class_cams(
     check_targets(targets, len(logits), min(num_classes, logits.shape[1]), values=validate)
     check_reduction(reduction)
     targets = targets.long()
-    weights = channel_weights(logits, features, targets, channel_offset=channel_offset, create_graph=create_graph)
+    weights = channel_weights(logits, features, targets, alpha=alpha, create_graph=create_graph)
     if not create_graph:
         features = features.detach()
     if reduction == "sums":
@@ -89,20 +91,16 @@ def class_cams(
 
 def local_class_sums(weights: Tensor, features: Tensor, targets: Tensor, num_classes: int) -> ClassSums:
     """Counts, Σα and ΣA per class of one batch of one rank: α (N, K), A (N, K, H, W), targets (N,)."""
-    activations = features.to(weights.dtype).flatten(1)
     return ClassSums(
         counts=_count(weights, targets, num_classes),
         weights=_sum_by_class(weights, targets, num_classes),
-        features=_sum_by_class(activations, targets, num_classes).view(num_classes, *features.shape[1:]),
+        features=_sum_by_class(features.to(weights.dtype), targets, num_classes),
     )
 
 
 def cams_of_sums(sums: ClassSums) -> ClassCams:
     """ReLU(Σ_k ᾱ_ck Ā_ck) of each class, not normalised (paper, eq. 5)."""
-    present = sums.counts.clamp(min=1)
-    means = sums.weights / present[:, None]
-    maps = weighted_activations(means, sums.features) / present[:, None, None]
-    return ClassCams(maps.relu(), sums.counts)
+    return ClassCams(_mean_maps(weighted_activations(sums.weights, sums.features), sums.counts), sums.counts)
 
 
 def check_reduction(reduction: str) -> None:
@@ -111,13 +109,23 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
 
 
+def _mean_maps(maps: Tensor, counts: Tensor) -> Tensor:
+    """ReLU(Σ_k ᾱ_ck Ā_ck) from Σ_k (Σα)_ck (ΣA)_ck: one N_c of each mean."""
+    return (maps / counts.clamp(min=1).square()[:, None, None]).relu()
+
+
 def _count(like: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     return like.new_zeros(num_classes).index_add(0, targets, like.new_ones(len(targets)))
 
 
 def _sum_by_class(values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Σ_{i: y_i = c} of `values` (N, …): (C, …)."""
+    if values.ndim == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
+        # In the order of memory, which a view keeps both ways.
+        return _sum_by_class(values.movedim(1, 3), targets, num_classes).movedim(3, 1)
     # index_add rather than a one-hot matrix product: exact in float32 whatever the TF32 setting.
-    return values.new_zeros(num_classes, values.shape[1]).index_add(0, targets, values)
+    sums = values.new_zeros(num_classes, math.prod(values.shape[1:])).index_add(0, targets, values.flatten(1))
+    return sums.view(num_classes, *values.shape[1:])
 
 
 def _factored_cams(
@@ -126,12 +134,13 @@ def _factored_cams(
     counts = _count(weights, targets, num_classes)
     weights = _sum_by_class(weights, targets, num_classes)
     if over_ranks:
-        # The ranks' samples differ, so their gradients of ᾱ are partial; the counts need none.
+        # The ranks' samples differ, so their gradients of Σα are partial; the counts need none.
         counts, weights = all_reduce_sums((counts, weights), Upstream.PARTIAL)
-    present = counts.clamp(min=1)[:, None]
-    means = weights / present
-    sample_maps = weighted_activations(means[targets], features).flatten(1)
-    class_maps = _sum_by_class(sample_maps, targets, num_classes) / present
+    # Σ_i Σ_k (Σα)_ck A_ik of each class: over whichever of i and k leaves less to go on with, first.
+    if num_classes < len(targets):
+        maps = weighted_activations(weights, _sum_by_class(features.to(weights.dtype), targets, num_classes))
+    else:
+        maps = _sum_by_class(weighted_activations(weights.index_select(0, targets), features), targets, num_classes)
     if over_ranks:
-        class_maps = all_reduce_sum(class_maps, Upstream.REPLICATED)
-    return ClassCams(class_maps.relu().view(num_classes, *features.shape[2:]), counts)
+        maps = all_reduce_sum(maps, Upstream.REPLICATED)
+    return ClassCams(_mean_maps(maps, counts), counts)

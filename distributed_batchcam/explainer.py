@@ -37,7 +37,7 @@ class Explainer:
 
 def maps_of(output: CAMOutput, classes: Tensor | None, size: tuple[int, int] | None = None) -> Tensor:
     """Grad-CAM of a model's output for `classes` (N,), None: the predicted ones; resized if a `size` is given."""
-    maps = grad_cam(output.logits, output.features, classes, channel_offset=output.channel_offset, validate=False)
+    maps = grad_cam(output.logits, output.features, classes, alpha=output.alpha, validate=False)
     return maps if size is None else resize_maps(maps, size)
 
 

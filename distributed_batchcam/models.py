@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cam import Alpha
 from .errors import InputError, unknown_name
+from .heads import HeadOutput, MeanPooling, SelfExplaining, find_mean_pooling
 
 # Below this image size the paper's two timm models get its small stem, above it timm's own.
 SMALL_STEM_BELOW = 128
@@ -24,7 +26,7 @@ class CAMOutput(NamedTuple):
 
     logits: Tensor  # (N, C), float32 or better
     features: Tensor  # (N, K, H, W), the very tensor from which the logits were computed
-    channel_offset: Tensor | None = None  # (N, K), see `cam.channel_weights`; None where no shortcut is known
+    alpha: Alpha | None = None  # see `cam.channel_weights`; None where the head does not know it
 
 
 def create_model(
@@ -138,7 +140,7 @@ class SplitModel(CAMModel):
         super().__init__(network, target_layer=None)
         self.layout = layout
         self._backbone: Callable[[Tensor], Tensor] = self._halves.forward_features
-        self.mean_pooled = False
+        self.mean_pooling: MeanPooling | None = None
 
     @property
     def _halves(self) -> Any:
@@ -156,36 +158,19 @@ class SplitModel(CAMModel):
             return self.head(features)
 
     def head(self, features: Tensor) -> CAMOutput:
-        """Features (N, K, H, W) to logits, with a channel offset where the head takes one past its pooling."""
-        takes_offset = self.mean_pooled or isinstance(self.network, SimpleCNN)
-        if not (takes_offset and features.requires_grad):
-            logits = self._halves.forward_head(self.layout.from_maps(features))
-            return CAMOutput(logits, features)
-        offset = features.new_zeros(features.shape[:2], requires_grad=True)
-        if isinstance(self.network, SimpleCNN):
-            return CAMOutput(self.network.forward_head(features, offset), features, offset)
-        # The mean of a 1×1 map is itself, so the network's own head serves, pooling and all.
-        pooled = (features.mean((2, 3)) + offset)[:, :, None, None]
-        return CAMOutput(self._halves.forward_head(self.layout.from_maps(pooled)), features, offset)
+        """Features (N, K, H, W) to logits, with α where the head knows it."""
+        if isinstance(self.network, SelfExplaining):
+            logits, alpha = self.network.explained_head(features)
+        elif self.mean_pooling is not None:
+            logits, alpha = self.mean_pooling(self.network, self.forward_head, features)
+        else:
+            logits, alpha = self.forward_head(features), None
+        return CAMOutput(logits, features, alpha)
 
-    @torch.no_grad()
-    def detect_mean_pooling(self, features: Tensor) -> None:
-        """Find out whether the head is g(mean-pool(A)): pooling first, then, must change nothing but rounding.
-
-        Args:
-            features: (N, K, H, W) for their shape; tried on random numbers, in eval mode.
-        """
-        generator = torch.Generator().manual_seed(0)
-        maps = torch.randn(features.shape, generator=generator).to(features)
-        logits = self._halves.forward_head(self.layout.from_maps(maps))
-        try:
-            pooled = self.layout.from_maps(maps.mean((2, 3), keepdim=True))
-            pooled_logits = self._halves.forward_head(pooled)
-        except RuntimeError:  # the head wants this very map size
-            return
-        # What changes between the samples is the yardstick: a head of zeros would agree with anything.
-        effect = (logits - logits.flip(0)).abs().max()
-        self.mean_pooled = bool(effect > 0 and (logits - pooled_logits).abs().max() <= 1e-4 * effect)
+    def forward_head(self, maps: Tensor) -> Tensor:
+        """The network's own head, on maps (N, K, H, W)."""
+        logits: Tensor = self._halves.forward_head(self.layout.from_maps(maps))
+        return logits
 
 
 class LayerModel(CAMModel):
@@ -288,17 +273,25 @@ class SimpleCNN(nn.Module):
         """(N, in_chans, s, s) to (N, 64, s/2, s/2)."""
         return F.relu(self.conv2(F.max_pool2d(F.relu(self.conv1(images)), 2)))
 
-    def forward_head(self, features: Tensor, channel_offset: Tensor | None = None) -> Tensor:
-        """(N, 64, s/2, s/2) to (N, C); `channel_offset` (N, 64) counts as added to every position of a channel.
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(N, 64, s/2, s/2) to (N, C)."""
+        return self.explained_head(features).logits
 
-        Max-pooling and flattening carry a constant per channel through unchanged, so it reaches the first
-        linear layer once per position: with the weights summed over positions.
+    def explained_head(self, features: Tensor) -> HeadOutput:
+        """(N, 64, s/2, s/2) to logits (N, C) and their α.
+
+        Max-pooling hands a gradient on to one position of each window, and so keeps its sum over positions.
+        That sum is W1's over positions, weighted by the gradient at the hidden layer h:
+        α = (W2[c] ⊙ [h > 0]) · Σ_{u,v} W1 / (H·W).
         """
+        positions = features.shape[2] * features.shape[3]
         hidden = self.fc1(F.max_pool2d(features, 2).flatten(1))
-        if channel_offset is not None:
-            summed = self.fc1.weight.view(128, 64, self.positions).sum(2)
-            hidden = hidden + F.linear(channel_offset, summed)
-        return cast(Tensor, self.fc2(F.relu(hidden)))
+
+        def alpha(classes: Tensor) -> Tensor:
+            at_hidden = self.fc2.weight.index_select(0, classes) * (hidden > 0)
+            return at_hidden @ self.fc1.weight.view(128, 64, self.positions).sum(2) / positions
+
+        return HeadOutput(self.fc2(F.relu(hidden)), alpha)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
@@ -417,7 +410,8 @@ def _trial(name: str, network: nn.Module, target_layer: str | None, images: Tens
             model.head(layout.to_maps(output))
         _allow_double_backward(module for module, _ in calls)
         with _zeros_filled(network):
-            model.detect_mean_pooling(layout.to_maps(output))
+            modules = [module for module, _ in calls]
+            model.mean_pooling = find_mean_pooling(network, model.forward_head, layout.to_maps(output), modules)
         return model
     # A class token feeds the head, not the patch tokens: explain those where they last matter, at the entry
     # of the last block.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cam import grad_cam
+from .cam import Alpha, grad_cam
 from .checks import check_features, check_prototypes, check_targets
 from .class_sums import Reduction, check_reduction, class_cams
 from .collectives import global_mean
@@ -102,7 +102,7 @@ class PrototypeLoss(_PrototypeDistance):
         targets: Tensor,
         images: Tensor | None = None,
         *,
-        channel_offset: Tensor | None = None,
+        alpha: Alpha | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
         """Images are not used; `batch_size` is the size of the global batch, where the caller knows it."""
@@ -113,7 +113,7 @@ class PrototypeLoss(_PrototypeDistance):
             features,
             targets if self.cam_class == "target" else None,
             create_graph=torch.is_grad_enabled(),
-            channel_offset=channel_offset,
+            alpha=alpha,
             validate=False,
         )
         return global_mean(self._distances(maps, self.prototypes[targets.long()]), batch_size)
@@ -156,7 +156,7 @@ class BatchCAMLoss(_PrototypeDistance):
         targets: Tensor,
         images: Tensor | None = None,
         *,
-        channel_offset: Tensor | None = None,
+        alpha: Alpha | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
         """Neither `images` nor `batch_size` is used: the counts of the classes say it all."""
@@ -168,11 +168,11 @@ class BatchCAMLoss(_PrototypeDistance):
             len(self.prototypes),
             reduction=self.reduction,
             create_graph=torch.is_grad_enabled(),
-            channel_offset=channel_offset,
+            alpha=alpha,
             validate=self.validate,
         )
         distances = self._distances(cams.maps, self.prototypes)
-        return torch.where(cams.counts > 0, distances, torch.zeros_like(distances)).sum()
+        return torch.dot(distances, (cams.counts > 0).to(distances.dtype))
 
 
 class ContrastiveCAMLoss(nn.Module):
@@ -202,14 +202,14 @@ class ContrastiveCAMLoss(nn.Module):
         targets: Tensor,
         images: Tensor,
         *,
-        channel_offset: Tensor | None = None,
+        alpha: Alpha | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
         check_features(logits, features)
         check_targets(targets, len(logits), logits.shape[1], values=self.validate)
         if images.ndim != 4 or len(images) != len(logits):
             raise ValueError(f"images must have shape ({len(logits)}, 1 or 3, h, w), got {tuple(images.shape)}")
-        maps = grad_cam(logits, features, create_graph=torch.is_grad_enabled(), channel_offset=channel_offset)
+        maps = grad_cam(logits, features, create_graph=torch.is_grad_enabled(), alpha=alpha)
         with torch.autocast(maps.device.type, enabled=False):
             gray = images.to(maps.dtype).mean(1)
             maps = resize_maps(maps, (gray.shape[1], gray.shape[2]))
@@ -231,7 +231,7 @@ class CAMLoss(Protocol):
         targets: Tensor,
         images: Tensor,
         *,
-        channel_offset: Tensor | None,
+        alpha: Alpha | None,
         batch_size: int | None,
     ) -> Tensor: ...
 
@@ -336,7 +336,7 @@ class Objective(nn.Module):
         targets: Tensor,
         images: Tensor,
         *,
-        channel_offset: Tensor | None = None,
+        alpha: Alpha | None = None,
         batch_size: int | None = None,
     ) -> LossParts:
         """`images` (N, ch, h, w) in [0, 1]; `batch_size` is the size of the global batch."""
@@ -345,5 +345,5 @@ class Objective(nn.Module):
         classification = global_mean(entropies, batch_size)
         if self.cam_loss is None:
             return LossParts(self.class_weight * classification, classification, torch.zeros_like(classification))
-        cam = self.cam_loss(logits, features, targets, images, channel_offset=channel_offset, batch_size=batch_size)
+        cam = self.cam_loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size)
         return LossParts(self.class_weight * classification + self.weight * cam, classification, cam)

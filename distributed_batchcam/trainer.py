@@ -228,7 +228,7 @@ class Trainer:
                 output.features,
                 batch.targets,
                 batch.images,
-                channel_offset=output.channel_offset,
+                alpha=output.alpha,
                 batch_size=batch.batch_size,
             )
             self.accelerator.backward(parts.total)

@@ -4,6 +4,7 @@ Also the small networks that the tests run: `backbone` up to the target layer, `
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +41,23 @@ class TinyNet(nn.Module):
         features = self.backbone(images)
         return self.head(features), features
 
-    def head(self, features: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Logits of head(A + o[:, :, None, None]), with o (N, K) added beyond the pooling."""
+    def head(self, features: Tensor) -> Tensor:
         if self.kind == "pool":
-            pooled = features.mean((2, 3))
-            return self.fc2(torch.tanh(self.fc1(pooled if offset is None else pooled + offset)))
-        hidden = self.fc1(F.max_pool2d(features, 2).flatten(1))
-        if offset is not None:
-            hidden = hidden + offset @ self.fc1.weight.view(self.hidden, self.channels, -1).sum(2).T
-        return self.fc2(hidden.relu())
+            return self.fc2(torch.tanh(self.fc1(features.mean((2, 3)))))
+        return self.fc2(self.fc1(F.max_pool2d(features, 2).flatten(1)).relu())
+
+    def alpha(self, features: Tensor) -> Callable[[Tensor], Tensor]:
+        """α in closed form, as a head may know it: classes (N,) to (N, 6)."""
+
+        def of(classes: Tensor) -> Tensor:
+            rows = self.fc2.weight[classes]
+            if self.kind == "pool":
+                at_hidden = rows * (1 - torch.tanh(self.fc1(features.mean((2, 3)))) ** 2)
+                return at_hidden @ self.fc1.weight / 25
+            at_hidden = rows * (self.fc1(F.max_pool2d(features, 2).flatten(1)) > 0)
+            return at_hidden @ self.fc1.weight.view(self.hidden, self.channels, -1).sum(2) / 25
+
+        return of
 
 
 def sample_batch(

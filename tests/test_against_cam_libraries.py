@@ -67,9 +67,9 @@ def explained(case: Case, given: bool) -> Explained:
     speak_up(model)
     model.double().eval()
     images = torch.rand(4, 1, case.image_size, case.image_size, dtype=torch.float64)
-    logits, features, channel_offset = model(images)
+    logits, features, alpha = model(images)
     classes = torch.tensor([3, 0, 3, 9]) if given else logits.argmax(1)
-    maps = grad_cam(logits, features, classes, normalize=False, channel_offset=channel_offset)
+    maps = grad_cam(logits, features, classes, normalize=False, alpha=alpha)
     assert normalize_maps(maps).flatten(1).any(1).sum() > 1, "constant maps tell nothing"
     if case.layer is None:
         watched = HookableNetwork(model.network)

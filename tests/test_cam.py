@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from distributed_batchcam import grad_cam
-from distributed_batchcam.cam import channel_weights, normalize_maps
+from distributed_batchcam.cam import channel_weights, normalize_maps, weighted_activations
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -117,19 +117,19 @@ def test_maps_are_differentiated_through_activations_and_weights() -> None:
 
 @pytest.mark.parametrize("head", ["pool", "flat"])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_channel_offset_gives_the_same_weights_maps_and_gradients(
+def test_closed_form_alpha_gives_the_same_weights_maps_and_gradients(
     head: str, in_chans: int, device: torch.device
 ) -> None:
     model = TinyNet(in_chans=in_chans, head=head).double().to(device)
     images, targets, _ = (tensor.to(device) for tensor in sample_batch(in_chans=in_chans))
     target_maps = torch.rand(len(images), 5, 5, dtype=torch.float64, device=device)
 
-    def run(with_offset: bool) -> list[Tensor]:
+    def run(with_alpha: bool) -> list[Tensor]:
         features = model.backbone(images)
-        offset = features.new_zeros(features.shape[:2], requires_grad=True) if with_offset else None
-        logits = model.head(features, offset)
-        weights = channel_weights(logits, features, targets, channel_offset=offset)
-        maps = grad_cam(logits, features, targets, channel_offset=offset, create_graph=True)
+        alpha = model.alpha(features) if with_alpha else None
+        logits = model.head(features)
+        weights = channel_weights(logits, features, targets, alpha=alpha)
+        maps = grad_cam(logits, features, targets, alpha=alpha, create_graph=True)
         loss = (maps - target_maps).square().sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         return [weights, maps.detach(), *(torch.zeros(()) if g is None else g for g in gradients)]
@@ -141,6 +141,42 @@ def test_channel_offset_gives_the_same_weights_maps_and_gradients(
         assert general.any() != (name in without_gradient), name
         if name not in without_gradient:
             assert_close(closed_form, general, **EXACT)
+
+
+def test_alpha_of_another_shape_is_named() -> None:
+    logits, features = TinyNet()(torch.rand(3, 1, 10, 10))
+    with pytest.raises(ValueError, match=r"alpha must give \(N, K\) = \(3, 6\), got \(6, 3\)"):
+        grad_cam(logits, features, alpha=lambda classes: torch.zeros(6, 3))
+
+
+# --- Σ_k w_k A_k ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_weighted_activations_and_their_gradients_are_those_of_a_plain_sum(memory_format: torch.memory_format) -> None:
+    weights = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(3, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    maps = weighted_activations(weights, features)
+    assert_close(maps, (weights[:, :, None, None] * features).sum(1), **EXACT)
+    assert torch.autograd.gradcheck(weighted_activations, (weights, features))
+    (gradient,) = torch.autograd.grad(maps.square().sum(), features)
+    assert gradient.is_contiguous(memory_format=memory_format), "in the order of what it is added to"
+
+
+def test_maps_are_in_full_float32_whatever_matrix_products_may_be() -> None:
+    """`set_float32_matmul_precision` lets products be TF32 or bfloat16; a map and its gradient never are."""
+    weights, features = torch.rand(4, 512, requires_grad=True), torch.rand(4, 512, 32, 32, requires_grad=True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        maps = weighted_activations(weights, features)
+        gradients = torch.autograd.grad(maps.sum(), (weights, features))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = (weights.double()[:, :, None, None] * features.double()).sum(1)
+    assert_close(maps.double(), exact, rtol=1e-5, atol=0)
+    assert_close(gradients[0].double(), features.detach().double().sum((2, 3)), rtol=1e-5, atol=0)
 
 
 # --- normalisation --------------------------------------------------------------------------------

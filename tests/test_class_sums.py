@@ -127,22 +127,21 @@ def test_sums_add_up_over_batches() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("head", ["pool", "flat"])
-def test_channel_offset_gives_the_same_maps_and_gradients(reduction: str, head: str) -> None:
+def test_closed_form_alpha_gives_the_same_maps_and_gradients(reduction: str, head: str) -> None:
     model = TinyNet(head=head).double()
     images, targets, _ = sample_batch()
     goal = torch.rand(5, 5, 5, dtype=torch.float64)
 
-    def run(with_offset: bool) -> list[Tensor]:
+    def run(with_alpha: bool) -> list[Tensor]:
         features = model.backbone(images)
-        offset = features.new_zeros(features.shape[:2], requires_grad=True) if with_offset else None
         maps, _ = class_cams(
-            model.head(features, offset),
+            model.head(features),
             features,
             targets,
             5,
             reduction=reduction,
             create_graph=True,
-            channel_offset=offset,
+            alpha=model.alpha(features) if with_alpha else None,
         )
         weights = [*model.backbone.parameters(), model.fc1.weight, model.fc2.weight]
         return [maps, *torch.autograd.grad((maps - goal).square().sum(), weights)]

@@ -46,23 +46,21 @@ class Case:
 
     objective: str
     knows_batch_size: bool = True
-    with_offset: bool = False
+    with_alpha: bool = False
     options: CAMLossOptions = field(default_factory=CAMLossOptions)
 
     def loss(self, model: nn.Module, share: list[int]) -> LossParts:
         """Loss parts of the samples of `share`; `model` maybe within DDP."""
         images, _, prototypes = sample_batch(SAMPLES)
-        offset = None
-        if self.with_offset:
-            offset = torch.zeros(len(share), CHANNELS, dtype=torch.float64, requires_grad=True)
-        logits, features = model(images[share], offset)
+        logits, features = model(images[share])
+        alpha = getattr(model, "module", model).alpha(features) if self.with_alpha else None
         objective = Objective(self.objective, prototypes, weight=CAM_WEIGHT, options=self.options)
         return objective(
             logits,
             features,
             TARGETS[share],
             images[share],
-            channel_offset=offset,
+            alpha=alpha,
             batch_size=SAMPLES if self.knows_batch_size else None,
         )
 
@@ -79,9 +77,9 @@ CASES = {
         for given in (True, False)
     },
     "pl_l2, target class": Case("pl_l2", options=CAMLossOptions(cam_class="target")),
-    "pl_l1, channel offset": Case("pl_l1", with_offset=True),
-    "bcpl_l1, channel offset": Case("bcpl_l1", with_offset=True),
-    "bcpl_l2, sums, channel offset": Case("bcpl_l2", with_offset=True, options=CAMLossOptions(reduction="sums")),
+    "pl_l1, closed-form α": Case("pl_l1", with_alpha=True),
+    "bcpl_l1, closed-form α": Case("bcpl_l1", with_alpha=True),
+    "bcpl_l2, sums, closed-form α": Case("bcpl_l2", with_alpha=True, options=CAMLossOptions(reduction="sums")),
     "bcpl_ssim, exponents": Case("bcpl_ssim", options=CAMLossOptions(ssim_exponents=(2, 0.5, 1))),
 }
 
@@ -98,8 +96,8 @@ TRAFFIC = {
     "bcpl_l1, local": ([], []),
     "bcpl_ssim, factored": (FACTORED, [C * K]),
     "bcpl_ssim, sums": (SUMS, []),
-    "bcpl_l1, channel offset": (FACTORED, [C * K]),
-    "bcpl_l2, sums, channel offset": (SUMS, []),
+    "bcpl_l1, closed-form α": (FACTORED, [C * K]),
+    "bcpl_l2, sums, closed-form α": (SUMS, []),
     "baseline, batch size given": ([], []),
     "baseline, batch size not given": ([1], []),
     "pl_l1, batch size given": ([], []),
@@ -159,16 +157,8 @@ SPLITS = {
 }
 
 
-class Network(TinyNet):
-    """The small network, its channel offset an argument, as DDP wants it."""
-
-    def forward(self, images: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        features = self.backbone(images)
-        return self.head(features, offset), features
-
-
-def network() -> Network:
-    return Network().double()
+def network() -> TinyNet:
+    return TinyNet().double()
 
 
 def cams(share: list[int], reduction: str) -> ClassCams:

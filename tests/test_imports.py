@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cam",),
     ("class_sums", "distances", "prototypes", "metrics"),
     ("objectives",),
+    ("heads",),
     ("models", "data"),
     ("config", "explainer"),
     ("measures",),

@@ -1,5 +1,6 @@
-"""Models: exact sizes, feature maps of every layout, channel offsets, weights, and errors."""
+"""Models: exact sizes, feature maps of every layout, α of heads, weights, and errors."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from distributed_batchcam import create_model, grad_cam
 from distributed_batchcam.cam import channel_weights
 from distributed_batchcam.errors import InputError
+from distributed_batchcam.heads import MeanPooling, find_mean_pooling
 from distributed_batchcam.models import CAMModel, LayerModel, SplitModel, count_gflops, count_parameters
 
 
@@ -78,38 +80,83 @@ def test_any_timm_model_gives_maps_that_its_logits_depend_on(name: str, size: in
 
 
 @pytest.mark.parametrize("name", ["simple_cnn", "resnet18", "convnextv2_tiny", "swin_tiny_patch4_window7_224"])
-def test_channel_offset_equals_the_full_gradient_in_both_orders(name: str) -> None:
+def test_the_heads_alpha_equals_autograds_in_both_orders(name: str) -> None:
     size = 224 if name.startswith("swin") else 28
     torch.manual_seed(0)
     model = create_model(name, image_size=size, in_chans=1).double().eval()
     classes = torch.tensor([1, 5, 9])
     results = []
-    for use_offset in (False, True):
+    for closed_form in (False, True):
         output = model(images_for(size).double())
-        assert output.channel_offset is not None
+        assert output.alpha is not None
         weights = channel_weights(
             output.logits,
             output.features,
             classes,
-            channel_offset=output.channel_offset if use_offset else None,
+            alpha=output.alpha if closed_form else None,
             create_graph=True,
         )
-        head = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad((weights * weights.detach().sin()).sum(), head, allow_unused=True)
+        scalar = (weights * weights.detach().sin()).sum()
+        gradients = torch.autograd.grad(scalar, list(model.parameters()), materialize_grads=True)
         results.append((weights, gradients))
-    (by_autograd, first), (by_offset, second) = results
-    torch.testing.assert_close(by_offset, by_autograd, rtol=1e-10, atol=1e-14)
+    (by_autograd, first), (by_head, second) = results
+    torch.testing.assert_close(by_head, by_autograd, rtol=1e-10, atol=1e-14)
     for a, b in zip(first, second, strict=True):
-        zero = torch.zeros(())
-        torch.testing.assert_close(b if b is not None else zero, a if a is not None else zero, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-13)
 
 
 def test_a_head_that_mixes_positions_is_not_taken_for_mean_pooling() -> None:
     torch.manual_seed(0)
     model = create_model("vgg11", in_chans=3, image_size=64)
     assert isinstance(model, SplitModel)
-    assert not model.mean_pooled
-    assert model(images_for(64, 3)).channel_offset is None
+    assert model.mean_pooling is None
+    assert model(images_for(64, 3)).alpha is None
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"),
+    [("resnet18", "fc"), ("densenet121", "classifier"), ("convnextv2_tiny", None), ("mobilenetv3_small_050", None)],
+)
+def test_one_linear_layer_after_the_pooling_is_found_by_name(name: str, linear: str | None) -> None:
+    model = create_model(name, in_chans=3, image_size=64)
+    assert isinstance(model, SplitModel)
+    assert model.mean_pooling == MeanPooling(linear)
+
+
+def test_dropout_before_the_linear_layer_leaves_alpha_to_autograd() -> None:
+    torch.manual_seed(0)
+    network = create_model("resnet18").network.eval()
+    network.drop_rate = 0.5  # read by timm's forward_head in training mode
+    features = torch.rand(2, 512, 4, 4)
+    before = torch.random.get_rng_state()
+    assert find_mean_pooling(network, network.forward_head, features, [network.fc]) == MeanPooling(None)
+    assert torch.equal(torch.random.get_rng_state(), before), "the trial draws nothing from the global generator"
+    assert not network.training
+    network.drop_rate = 0.0
+    assert find_mean_pooling(network, network.forward_head, features, [network.fc]) == MeanPooling("fc")
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet18"])
+def test_a_closed_form_alpha_needs_no_graph(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name).eval()
+    with torch.inference_mode():
+        bare = model(images_for(28))
+        maps = grad_cam(bare.logits, bare.features, alpha=bare.alpha)
+    output = model(images_for(28))
+    torch.testing.assert_close(maps, grad_cam(output.logits, output.features))
+
+
+def test_a_loaded_model_takes_alpha_from_the_weights_it_has_now() -> None:
+    torch.manual_seed(0)
+    model, classes = create_model("resnet18").eval(), torch.tensor([1, 5, 9])
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.network.fc.weight.mul_(2)
+    for each in (model, copied):
+        output = each(images_for(28))
+        weights = channel_weights(output.logits, output.features, classes, alpha=output.alpha)
+        torch.testing.assert_close(weights, channel_weights(output.logits, output.features, classes))
 
 
 def test_simple_cnn_takes_an_odd_feature_map() -> None:
@@ -117,8 +164,8 @@ def test_simple_cnn_takes_an_odd_feature_map() -> None:
     model = create_model("simple_cnn", image_size=30).double()  # maps of 15×15, pooled to 7×7
     output = model(images_for(30).double())
     classes = torch.tensor([0, 1, 2])
-    by_offset = channel_weights(output.logits, output.features, classes, channel_offset=output.channel_offset)
-    torch.testing.assert_close(by_offset, channel_weights(output.logits, output.features, classes))
+    by_head = channel_weights(output.logits, output.features, classes, alpha=output.alpha)
+    torch.testing.assert_close(by_head, channel_weights(output.logits, output.features, classes))
 
 
 def test_target_layer_by_name_leaves_the_logits_unchanged() -> None:
@@ -177,7 +224,7 @@ def test_compiled_backbone_gives_the_same_gradients() -> None:
         if compiled:
             model.compile_backbone()
         output = model(images_for(28))
-        maps = grad_cam(output.logits, output.features, create_graph=True, channel_offset=output.channel_offset)
+        maps = grad_cam(output.logits, output.features, create_graph=True, alpha=output.alpha)
         (output.logits.square().mean() + maps.square().mean()).backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):

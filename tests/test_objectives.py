@@ -283,14 +283,14 @@ def test_gradient_of_the_contrastive_loss(kind: str, margin: float) -> None:
 
 @pytest.mark.parametrize("kind", ["pool", "flat"])
 @pytest.mark.parametrize("name", ["pl_l1", "bcpl_l1", "contrastive"])
-def test_channel_offset_gives_the_same_loss_and_gradients(name: str, kind: str) -> None:
+def test_closed_form_alpha_gives_the_same_loss_and_gradients(name: str, kind: str) -> None:
     model, (images, targets, prototypes) = TinyNet(head=kind).double(), sample_batch()
     objective = Objective(name, prototypes)
 
-    def run(with_offset: bool) -> list[Tensor]:
+    def run(with_alpha: bool) -> list[Tensor]:
         features = model.backbone(images)
-        offset = features.new_zeros(features.shape[:2], requires_grad=True) if with_offset else None
-        parts = objective(model.head(features, offset), features, targets, images, channel_offset=offset)
+        alpha = model.alpha(features) if with_alpha else None
+        parts = objective(model.head(features), features, targets, images, alpha=alpha)
         return [parts.total, *torch.autograd.grad(parts.total, list(model.parameters()))]
 
     for closed_form, general in zip(run(True), run(False), strict=True):

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +13,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import against_predecessor, cam_libraries, explain_speed, step_time, timing
+from benchmarks import (
+    against_predecessor,
+    cam_libraries,
+    collective_traffic,
+    epoch_time,
+    explain_speed,
+    gpu,
+    memory,
+    step_time,
+    time_to_accuracy,
+    timing,
+)
 from benchmarks.cam_libraries import agreement
 from benchmarks.predecessor import HookableNetwork, gradcam_by_hooks, gradcam_by_hooks_alone, gradcam_by_loop
 from benchmarks.timing import Bar, Spread, measure
 from distributed_batchcam import PrototypeLoss, create_model, grad_cam
+from distributed_batchcam.data import Loader, load_data
 from distributed_batchcam.objectives import OBJECTIVES
 
 Main = Callable[[Sequence[str]], None]
@@ -70,13 +83,31 @@ def test_step_time_takes_any_model_and_some_objectives(tmp_path: Path) -> None:
     assert [[row["name"] for row in table["rows"]] for table in document["tables"]] == [["plain", "bcpl_l1"]] * 2
 
 
-def test_against_predecessor_times_both_algorithms(tmp_path: Path) -> None:
+def test_step_time_runs_every_setting_and_the_fastest_of_both_is_compared(tmp_path: Path) -> None:
+    options = ["--models", "simple_cnn", "--objectives", "bcpl_l1"]
+    document = run(
+        step_time.main, tmp_path / "steps.json", *options, "--precisions", "no", "bf16", "--channels-last", "no", "yes"
+    )
+    check(document)
+    titles = [table["title"].rpartition(", ")[2] for table in document["tables"]]
+    assert titles == ["float32", "float32 channels-last", "bf16", "bf16 channels-last"]
+    slow, fast = (
+        timing.Table.of("x", {"plain": [plain] * 2, "bcpl_l1": [ours] * 2}) for plain, ours in ((4, 5), (2, 6))
+    )
+    assert step_time.fastest([slow, fast], "plain") == 2
+    assert step_time.fastest([slow, fast], "bcpl_l1") == 5
+
+
+def test_against_predecessor_times_both_algorithms_against_both_ways(tmp_path: Path) -> None:
     document = run(against_predecessor.main, tmp_path / "maps.json")
     check(document)
+    references = [table["reference"] for table in document["tables"]]
+    general, closed = against_predecessor.GENERAL, against_predecessor.CLOSED_FORM
+    assert references == [general, closed] * 3 + ["PrototypeLoss"]
     names = [{row["name"] for row in table["rows"]} for table in document["tables"]]
-    assert len(names) == 4
     assert all(against_predecessor.LOOP in table for table in names)
     assert against_predecessor.HOOKS in names[0]
+    assert len(document["bars"]) == 4
 
 
 def test_explain_speed_writes_what_it_compares_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +196,159 @@ def test_maps_do_not_agree_where_they_differ_or_one_alone_is_constant() -> None:
             agreement(*pair)
     with pytest.raises(ValueError, match="nothing to compare"):
         agreement(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
+
+
+# --- an epoch, memory, peak, collectives, time to accuracy ------------------------------------------
+
+TINY = {
+    name: ["--rounds", "2", "--threads", "1", "--device", "cpu", *gpu.BENCHMARKS[name].smoke] for name in gpu.BENCHMARKS
+}
+
+
+def smoke(name: str, tmp_path: Path) -> dict[str, Any]:
+    """What a benchmark writes when it runs as `make bench-gpu` has it where no GPU is."""
+    path = tmp_path / f"{name}.json"
+    gpu.BENCHMARKS[name].main([*TINY[name], "--json", str(path)])
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def test_epoch_time_compares_epochs_of_both_ways_and_the_batches_alone(tmp_path: Path) -> None:
+    document = smoke("epoch_time", tmp_path)
+    check(document)
+    assert [table["title"].split(",")[0] for table in document["tables"]] == [
+        "an epoch with baseline",
+        "an epoch with bcpl_l1",
+        "an epoch of batches without training",
+    ]
+    for table in document["tables"]:
+        assert [row["name"] for row in table["rows"]] == [epoch_time.OURS, epoch_time.USUAL]
+
+
+def test_both_ways_of_an_epoch_see_the_same_pictures() -> None:
+    data = load_data("digits", valid_size=0, limit=20)
+    images, targets = next(iter(epoch_time.picture_loader(data, 20, 1, torch.device("cpu"))))
+    (batch,) = Loader(data.train, 20, torch.device("cpu")).epoch()
+    ours = data.normalize(batch.images)
+    for image, target in zip(images, targets, strict=True):
+        (place,) = torch.nonzero((ours - image).abs().amax((1, 2, 3)) < 1e-6).flatten().tolist()
+        assert batch.targets[place] == target
+
+
+def test_memory_compares_peaks(tmp_path: Path) -> None:
+    document = smoke("memory", tmp_path)
+    check(document)
+    peaks = document["peak_bytes"]
+    weights = 3 * 4 * 421_642  # with AdamW's two moments; the gradients come on top
+    assert weights < peaks["plain"]["median"] < peaks["bcpl_l1"]["median"] < 3 * weights
+    assert document["ratio"]["median"] == pytest.approx(peaks["bcpl_l1"]["median"] / peaks["plain"]["median"])
+
+
+def test_the_peak_on_the_cpu_is_what_was_held_at_a_time() -> None:
+    def work() -> None:
+        held = torch.empty(1 << 20, dtype=torch.uint8)
+        for _ in range(3):
+            torch.empty(1 << 21, dtype=torch.uint8)
+        del held
+
+    assert memory._peak_on_cpu(work) == 3 << 20
+
+
+def test_fraction_of_peak_compares_steps_with_a_matrix_product(tmp_path: Path) -> None:
+    document = smoke("fraction_of_peak", tmp_path)
+    check(document)
+    (table,) = document["tables"]
+    assert [row["name"] for row in table["rows"]] == ["matrix product", "plain", "bcpl_l1"]
+    assert all(percent > 0 for percent in document["percent_of_matrix_product"].values())
+
+
+def test_collectives_are_counted_as_the_design_says(tmp_path: Path) -> None:
+    document = smoke("collective_traffic", tmp_path)
+    check(document)
+    c, k, hw = 10, 64, 14 * 14
+    assert {row["reduction"]: row["bytes"] for row in document["traffic"]} == {
+        "factored": [4 * c * (1 + k), 4 * c * hw, 4 * c * k],
+        "sums": [4 * c * (1 + k + k * hw)],
+    }
+    assert len(document["gloo_check"]) == 2
+
+
+def test_the_model_of_a_collective_is_fitted_to_what_it_models() -> None:
+    latency, bandwidth, world = 3e-5, 2e9, 4
+    hops = collective_traffic.ring_hops(world)
+    raw = {size: collective_traffic.collective_seconds(size, hops, world, latency, bandwidth) for size in (1, 1 << 20)}
+    found = collective_traffic.fitted(raw, hops, world)
+    assert found == pytest.approx((latency, bandwidth), rel=1e-4)
+    assert (collective_traffic.ring_hops(4), collective_traffic.tree_hops(64)) == (6, 12)
+
+
+def test_share_of_the_modelled_step_grows_with_the_bytes_and_the_latency() -> None:
+    cluster = collective_traffic.CLUSTERS[0]
+    share = collective_traffic.modelled_share(cluster, [1 << 20])
+    assert 0 < share < collective_traffic.modelled_share(cluster, [1 << 24]) < 1
+    assert share < collective_traffic.modelled_share(cluster._replace(latency=1e-3), [1 << 20])
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_launches_a_run_and_watches_its_metrics() -> None:
+    options = ["--dataset", "digits", "--valid-size", "0", "--epochs", "2", "--batch-size", "64", "--device", "cpu"]
+    outcome = time_to_accuracy.run(options, 20.0, 1)
+    assert outcome.reached
+    assert outcome.seconds > 0.5, "a run has to import torch"
+    assert outcome.last_accuracy > 20
+
+
+def test_validations_are_read_as_they_come_and_until_the_process_ends(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    writer = (
+        "import sys, time\n"
+        "with open(sys.argv[1], 'w', buffering=1) as file:\n"
+        '    for line in (\'{"split": "train"}\', \'{"split": "valid", "n": 1}\', \'{"split": "valid", "n": 2}\'):\n'
+        "        print(line, file=file)\n"
+        "        time.sleep(0.05)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", writer, str(file)]) as process:
+        assert [line["n"] for line in time_to_accuracy.validations(file, process)] == [1, 2]
+
+
+def test_time_to_accuracy_gives_each_round_a_seed_and_judges_the_share_that_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[Sequence[str]] = []
+
+    def run_one(options: Sequence[str], accuracy: float, threads: int) -> time_to_accuracy.Outcome:
+        commands.append(options)
+        return time_to_accuracy.Outcome(10.0 + len(commands), len(commands) != 4, 98.0 + len(commands))
+
+    monkeypatch.setattr(time_to_accuracy, "run", run_one)
+    path = tmp_path / "seconds.json"
+    time_to_accuracy.main(["--rounds", "2", "--datasets", "mnist", "--device", "cpu", "--json", str(path)])
+    document = json.loads(path.read_text(encoding="utf-8"))
+    seeds = [command[command.index("--seed") + 1] for command in commands]
+    assert seeds == ["0", "0", "1", "1"]
+    assert [bar["measured"] for bar in document["bars"]] == [1.0, 0.5]
+    assert [bar["passed"] for bar in document["bars"]] == [True, False]
+    assert document["last_accuracy"]["mnist"]["baseline"]["max"] == 101.0
+    time_to_accuracy.main(["--rounds", "2", "--datasets", "mnist", "--device", "cpu", "--json", str(path), "--lr", "1"])
+    assert commands[-1][-2:] == ["--lr", "1"]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert {bar["passed"] for bar in document["bars"]} == {"not measured"}, "not the recipe"
+
+
+def test_a_run_that_fails_ends_time_to_accuracy_with_its_last_line() -> None:
+    with pytest.raises(SystemExit, match="resnet81"):
+        time_to_accuracy.run(["--model", "resnet81"], 99.0, 1)
+
+
+def test_without_a_gpu_each_benchmark_has_a_smoke_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main(["--only", "memory"])
+    printed = capsys.readouterr().out
+    assert "no GPU is visible here" in printed
+    assert "not measured" in printed
+    assert "passed" not in printed
 
 
 @pytest.mark.parametrize("module", ["step_time", "against_predecessor", "cam_libraries"])
