@@ -21,7 +21,8 @@ from .data import normalize_images
 from .errors import InputError
 from .models import CAMModel, create_model, load_weights
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+_MAX_STATE_BYTES = 1 << 28  # of state.json, which is parsed whole
 _TENSOR = "$tensor"  # {"$tensor": name} in the JSON stands for that tensor of the safetensors file
 
 
@@ -37,24 +38,57 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def save_checkpoint(folder: Path, name: str, state: dict[str, Any]) -> Path:
-    """Save a nested state (tensors, numbers, strings, lists, dictionaries) as `folder/name`, atomically."""
-    final, aside = folder / name, folder / f".{name}.tmp"
+@dataclass(frozen=True)
+class Packed:
+    """A state ready to be written: it shares no memory with the training that goes on."""
+
+    tree: Any  # JSON, with references to tensors
+    tensors: dict[str, Tensor]  # on the CPU
+
+
+def pack(state: dict[str, Any]) -> Packed:
+    """Copy a nested state: tensors, numbers, strings, lists, dictionaries.
+
+    Raises:
+        TypeError: it holds anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    return Packed(_take_tensors(state, "", tensors), tensors)
+
+
+def write_checkpoint(folder: Path, name: str, packed: Packed) -> Path:
+    """Write a packed state as `folder/name`: all of it is there under that name, or nothing.
+
+    Raises:
+        OSError: it cannot be written; nothing under other names has changed.
+    """
+    final, aside, old = folder / name, folder / f".{name}.tmp", folder / f".{name}.old"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = _take_tensors(state, "", tensors)
-    packed = save(tensors)
-    write_atomic(aside / TENSORS, packed)
-    document = {"sha256": hashlib.sha256(packed).hexdigest(), "state": tree}
-    write_atomic(aside / STATE, json.dumps(document, indent=1).encode())
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    _sync_folder(folder)
+    try:
+        contents = {
+            TENSORS: save(packed.tensors),
+            STATE: json.dumps(packed.tree, indent=1).encode(),
+        }
+        contents[SUMS] = _sums(contents)
+        for file, content in contents.items():
+            write_atomic(aside / file, content)
+        # A folder cannot be renamed over another. What stands in the way is the same step of the same run; it is
+        # moved, and deleted only once the new one is in its place.
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        aside.rename(final)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not final.exists():
+            old.rename(final)
+        raise
+    sync_folder(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -62,21 +96,38 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The nested state of a checkpoint.
 
     Raises:
-        InputError: anything missing, cut off or altered.
+        InputError: anything missing, cut off or altered, by a single bit in any of its files.
     """
     try:
-        document = json.loads((path / STATE).read_bytes())
-        packed = (path / TENSORS).read_bytes()
-        if hashlib.sha256(packed).hexdigest() != document["sha256"]:
-            raise InputError(f"checkpoint {path}: {TENSORS} is damaged (its checksum differs)")
-        tensors = load(packed)
-        state = _put_tensors(document["state"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if (path / STATE).stat().st_size > _MAX_STATE_BYTES:
+            raise InputError(f"checkpoint {path}: {STATE} is larger than any that batchcam writes")
+        contents = {name: (path / name).read_bytes() for name in (TENSORS, STATE)}
+        _verify(path, contents)
+        state = _put_tensors(json.loads(contents[STATE]), load(contents[TENSORS]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"checkpoint {path} cannot be read: {error}") from error
-    assert isinstance(state, dict)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"checkpoint {path}: {STATE} holds no state")
     return state
+
+
+def _sums(contents: dict[str, bytes]) -> bytes:
+    """What `sha256sum` prints of the files: `sha256sum -c SHA256SUMS` checks a checkpoint by hand."""
+    return "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()).encode()
+
+
+def _verify(path: Path, contents: dict[str, bytes]) -> None:
+    noted = (path / SUMS).read_bytes()
+    if noted == _sums(contents):
+        return
+    lines = noted.splitlines()
+    for name, content in contents.items():
+        if _sums({name: content}).rstrip() not in lines:
+            raise InputError(f"checkpoint {path}: {name} is damaged (its checksum differs)")
+    raise InputError(f"checkpoint {path}: {SUMS} is damaged")
 
 
 def save_model(path: Path, model: torch.nn.Module, metadata: dict[str, Any]) -> None:
@@ -174,7 +225,7 @@ def _checkpoint_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` with every tensor moved into `tensors` and a reference left behind."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: name}
     if isinstance(value, dict):
         return {str(key): _take_tensors(item, f"{name}/{key}", tensors) for key, item in value.items()}
@@ -196,7 +247,8 @@ def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -94,11 +94,16 @@ def main_first(accelerator: "Accelerator", load: Callable[[], T]) -> T:
     return loaded[0] if loaded else load()
 
 
+def float_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that differ between ranks within an epoch: running statistics."""
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
 def average_buffers(module: torch.nn.Module, accelerator: "Accelerator") -> None:
     """Give all ranks the mean of their floating-point buffers (running statistics), in one collective."""
     if accelerator.num_processes == 1:
         return
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    buffers = list(float_buffers(module).values())
     if not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])

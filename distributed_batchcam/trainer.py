@@ -2,18 +2,19 @@
 
 import json
 import math
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .agreement import Agreement
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
+from .checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from .config import RunConfig
 from .data import DATASETS, FOREGROUND, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
@@ -28,26 +29,18 @@ from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
 from .report.html import write_report
 from .run_directory import RunDirectory
+from .run_lock import RunLock
 from .runtime import average_buffers, decided_by_main, describe, main_first, start_accelerator
+from .signals import DeferredSignals, Stopped, pass_on
 from .tracking import MetricsFile, SafeTracker
+from .training_state import Progress, TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATION_BATCH = 512
 DEBUG_SAMPLES = 512
-
-
-@dataclass
-class Progress:
-    """How far a run has come; part of every checkpoint."""
-
-    epoch: int = 0  # epochs done
-    step: int = 0  # optimizer steps done
-    images: int = 0
-    seconds: float = 0.0  # spent training, evaluation and saving not counted
-    best_accuracy: float = -1.0  # on the validation set, percent
-    best_epoch: int = 0
+_SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -57,6 +50,9 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
         config: what to train.
         on_epoch: called on the main process after each epoch, once its checkpoint is saved, with the line of
             metrics.jsonl about the validation set. What it raises ends the run, which can be resumed.
+
+    SIGTERM and SIGINT that reach the main thread of any process meanwhile stop the run after a whole step, with a
+    checkpoint, and are then passed on to the handlers that were there before.
 
     Returns:
         What summary.json holds.
@@ -75,8 +71,13 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
         data = _load_data(config, accelerator)
         _check_batch(config, len(data.train), accelerator.num_processes)
         trainer = Trainer(config, accelerator, data, run_dir)
-        trainer.open_run()
-        return trainer.fit(on_epoch)
+        try:
+            trainer.open_run()
+            return trainer.fit(on_epoch)
+        finally:
+            trainer.close()
+    except Stopped as stopped:
+        pass_on(stopped)
     finally:
         torch.autograd.set_detect_anomaly(False)
         torch.use_deterministic_algorithms(False)
@@ -90,7 +91,6 @@ class Trainer:
         self.accelerator = accelerator
         self.data = data
         self.run_dir = run_dir
-        self.progress = Progress()
         self.prototypes = _make_prototypes(config, data)
         device = accelerator.device
 
@@ -137,24 +137,69 @@ class Trainer:
             self.ddp, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
         self.debug = DebugMonitor(model) if config.debug else None
 
+        self.progress = Progress()
+        self.meter = Meter(accelerator)
+        self.agreement = Agreement(accelerator, timedelta(seconds=600))
+        self.state = TrainingState(
+            accelerator,
+            self.agreement,
+            config.seed,
+            model,
+            self.ema,
+            self.optimizer,
+            self.scheduler,
+            self.meter,
+            self.progress,
+        )
+        self.signals = DeferredSignals()
+        self.schedule = CheckpointSchedule(config.checkpoint_interval)
+        self.writer = CheckpointWriter(run_dir, config.keep_checkpoints, _warn)
+        self.metrics: MetricsFile | None = None
+        self.tracker: SafeTracker | None = None
+        self.lock: RunLock | None = None
+
     # Run directory -----------------------------------------------------------------------------------
 
     def open_run(self) -> None:
         """Create the run directory, or take up the newest intact checkpoint of an existing one."""
-        path, resumed = self.run_dir.path, self.run_dir.resumed
-        if resumed:
-            self._resume()
-        self.metrics: MetricsFile | None = None
-        self.tracker: SafeTracker | None = None
-        if self.accelerator.is_main_process:
-            self.run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomic(path / "config.yaml", self._resolved_config().to_yaml().encode())
+        decided_by_main(self.accelerator, self._claim)
+        metrics = self._resume() if self.run_dir.resumed else []
+        decided_by_main(self.accelerator, lambda: self._begin_files(metrics))
+
+    def _claim(self) -> None:
+        self.lock = self.run_dir.claim()
+
+    def _resume(self) -> list[str]:
+        """Take up the newest checkpoint that is intact, if any; returns the lines of metrics that were logged then."""
+        config, data = self._resolved_config(), self._data_facts()
+        chosen = decided_by_main(self.accelerator, lambda: self.run_dir.newest_intact_checkpoint(config, data))
+        if chosen is None:
+            return []
+        state = load_checkpoint(chosen)
+        self.state.put_back(state, f"checkpoint {chosen}")
+        metrics: list[str] = state["metrics"]
+        return metrics
+
+    def _begin_files(self, metrics: list[str]) -> None:
+        path, config = self.run_dir.path, self._resolved_config()
+        try:
+            write_atomic(path / "config.yaml", config.to_yaml().encode())
             save_prototypes(path / "prototypes.safetensors", self.prototypes)
-            last_step = self.progress.step if resumed else None
-            self.metrics = MetricsFile(path / "metrics.jsonl", last_step)
-            self.tracker = SafeTracker(self._resolved_config(), path, last_step)
-            print(self._headline(), flush=True)
-        self.accelerator.wait_for_everyone()
+            self.metrics = MetricsFile(path / "metrics.jsonl", metrics)
+        except OSError as error:
+            raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
+        self.tracker = SafeTracker(config, path, self.progress.step if self.run_dir.resumed else None)
+        print(self._headline(), flush=True)
+
+    def close(self) -> None:
+        """End what runs beside the training, and let others into the run directory."""
+        self.writer.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.tracker is not None:
+            self.tracker.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def _headline(self) -> str:
         config, data = self.config, self.data
@@ -180,41 +225,37 @@ class Trainer:
 
     def fit(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Train to the last epoch, evaluate, and write what a finished run leaves; `on_epoch` as for `train`."""
-        try:
-            with self._progress_bar() as bar:
-                while self.progress.epoch < self.config.epochs:
-                    self.train_epoch(bar)
-                    figures = self.validate_epoch()
-                    self.save_checkpoint()
-                    if on_epoch is not None and self.accelerator.is_main_process:
-                        on_epoch(figures)
-            summary = self.finish()
-        finally:
-            if self.tracker is not None:
-                self.tracker.close()
+        with self.signals, self._progress_bar() as bar:
+            while self.progress.epoch < self.config.epochs:
+                self.train_epoch(bar)
+                figures = self.validate_epoch()
+                self.end_epoch(figures, on_epoch)
+        summary = self.finish()
         if self.debug is not None:
             summary["debug_passed"] = self.debug.verdict()
         return summary
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
-        """One pass over the training set, in whole global batches; the order differs in every epoch."""
-        # Dropout and the like: by (seed, epoch, rank), so a resumed run draws what it would have drawn.
-        _seed_all(self.config.seed, self.progress.epoch, self.accelerator.process_index)
+        """One pass over the training set, or what is left of it, in whole global batches."""
+        self.state.seed_epoch()
         self.ddp.train()
-        meter = Meter(self.accelerator)
-        pieces = self.steps_per_epoch * self.config.accumulate
-        for piece, batch in zip(range(1, pieces + 1), self.loader.epoch(self.progress.epoch), strict=False):
-            meter.add(self.train_step(batch), batch)
+        self.meter.start()
+        for piece, batch in self._pieces():
+            self.meter.add(self.train_step(batch), batch)
             bar.update(batch.batch_size)
-            if piece % self.config.accumulate:
-                continue
-            self.progress.step += 1
-            if self.progress.step % self.config.log_every == 0 or piece == pieces:
-                self.log_train(meter, bar)
+            if piece % self.config.accumulate == 0:
+                self.end_step(bar)
         self.progress.epoch += 1
+        self.progress.epoch_step = 0
         average_buffers(self.model, self.accelerator)
         if self.ema is not None:
             average_buffers(self.ema.module, self.accelerator)
+
+    def _pieces(self) -> Iterator[tuple[int, Batch]]:
+        """The pieces of global batches that are left of the epoch, numbered from 1; the order differs by epoch."""
+        done = self.progress.epoch_step * self.config.accumulate
+        numbers = range(done + 1, self.steps_per_epoch * self.config.accumulate + 1)
+        return zip(numbers, self.loader.epoch(self.progress.epoch, done), strict=False)
 
     def train_step(self, batch: Batch) -> tuple[LossParts, Tensor]:
         """Forward, loss, backward and, at the end of a global batch, the optimizer's step."""
@@ -244,9 +285,44 @@ class Trainer:
         right = (output.logits.detach().argmax(1) == batch.targets).sum()
         return LossParts(*(part.detach() for part in parts)), right
 
-    def log_train(self, meter: Meter, bar: "tqdm[Any]") -> None:
+    def end_step(self, bar: "tqdm[Any]") -> None:
+        """Count the step; log, save and stop where that is due."""
+        progress = self.progress
+        progress.step += 1
+        progress.epoch_step += 1
+        last = progress.epoch_step == self.steps_per_epoch
+        if progress.step % self.config.log_every == 0 or last:
+            self.log_train(bar)
+        due = self.schedule.after_step(progress) and not last  # the end of the epoch is saved after its validation
+        now = last or (due and not self.schedule.by_clock)
+        signal, due = self.agreement.after_step(self.signals.received, due, now=now)
+        if signal or due:
+            self.save_checkpoint()
+        if signal:
+            self.stop(signal)
+
+    def end_epoch(self, figures: dict[str, Any], on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        """Save where that is due, tell `on_epoch`, and stop if asked to."""
+        progress = self.progress
+        due = self.schedule.after_epoch(progress) or progress.epoch in (progress.best_epoch, self.config.epochs)
+        signal, due = self.agreement.after_step(self.signals.received, due, now=True)
+        if signal or due:
+            self.save_checkpoint()
+        if on_epoch is not None and self.accelerator.is_main_process:
+            self.writer.wait()
+            on_epoch(figures)
+        if signal:
+            self.stop(signal)
+
+    def stop(self, signal: int) -> NoReturn:
+        """Leave once the checkpoint is on disk. No rank goes before: its launcher would end the others."""
+        self.writer.wait()
+        self.accelerator.wait_for_everyone()
+        raise Stopped(signal)
+
+    def log_train(self, bar: "tqdm[Any]") -> None:
         """One line of metrics, averaged since the last; the only place of the loop that waits for the device."""
-        figures = meter.read()
+        figures = self.meter.read()
         self.progress.images += figures.pop("images")
         self.progress.seconds += figures.pop("seconds")
         if not math.isfinite(figures["loss"]):
@@ -296,6 +372,8 @@ class Trainer:
         best = test
         if self.progress.best_epoch != self.progress.epoch:
             last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+            self.writer.wait()
+            self.accelerator.wait_for_everyone()
             state = load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
             model.load_state_dict(state["ema" if self.ema is not None else "model"])
             best = self.evaluate("test")
@@ -347,9 +425,7 @@ class Trainer:
             f"{data.name} test set, {config.model}, {config.objective}: {test.accuracy:.2f} % right",
         )
         write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
-        assert self.metrics is not None
         assert self.tracker is not None
-        self.metrics.close()
         write_report([path], path / "report.html")
         self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, self.progress.step)
         self.tracker.finish(summary, path)
@@ -369,43 +445,31 @@ class Trainer:
     # Checkpoints -------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Save everything that the next epoch depends on; keep the newest few and the best."""
-        if self.accelerator.is_main_process:
-            state = {
-                "config": self._resolved_config().model_dump(mode="json"),
-                "metadata": self._metadata(),
-                "progress": asdict(self.progress),
-                "model": self.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "ema_updates": None if self.ema is None else self.ema.n_averaged,
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            }
-            self.run_dir.save_checkpoint(
-                self.progress.epoch,
-                state,
-                best_epoch=self.progress.best_epoch,
-                newest=self.config.keep_checkpoints,
+        """Save everything that the next step depends on; keep the newest few and the best."""
+        progress = self.progress
+        state = self.state.take()
+        if state is not None:
+            assert self.metrics is not None
+            within_epoch = progress.step if progress.epoch_step else None
+            self.writer.save(
+                self.run_dir.checkpoint(progress.epoch, within_epoch).name,
+                {
+                    "config": self._resolved_config().model_dump(mode="json"),
+                    "metadata": self._metadata(),
+                    "data": self._data_facts(),
+                    "metrics": self.metrics.lines,
+                    **state,
+                },
+                progress.best_epoch,
             )
-        self.accelerator.wait_for_everyone()
+        self.schedule.saved()
+        self.meter.start()
 
-    def _resume(self) -> None:
-        """Take up the newest checkpoint that is intact; the main process chooses, all follow."""
-        config = self._resolved_config()
-        chosen = decided_by_main(self.accelerator, lambda: self.run_dir.newest_intact_checkpoint(config))
-        if chosen is None:
-            return
-        state = load_checkpoint(chosen)
-        self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.copy_(state["ema_updates"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+    def _data_facts(self) -> dict[str, Any]:
+        """What must be the same of the data for a run to go on."""
+        data = self.data
+        counts = {f"{name} images": len(getattr(data, split)) for split, name in _SPLITS.items()}
+        return {"classes": list(data.classes), **counts}
 
     # Small things ------------------------------------------------------------------------------------
 
@@ -440,7 +504,7 @@ class Trainer:
     def _progress_bar(self) -> "tqdm[Any]":
         return tqdm(
             total=self.steps_per_epoch * self.config.batch_size * self.config.epochs,
-            initial=self.progress.images,
+            initial=self.progress.step * self.config.batch_size,
             unit=" images",
             unit_scale=True,
             # None: quiet where there is no terminal.
@@ -449,8 +513,8 @@ class Trainer:
         )
 
 
-def _seed_all(*parts: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+def _warn(line: str) -> None:
+    tqdm.write(f"batchcam: {line}", file=sys.stderr)
 
 
 def _load_data(config: RunConfig, accelerator: "Accelerator") -> Data:
