@@ -147,6 +147,11 @@ class RunConfig(BaseModel):
     checkpoint_every: str = "1epoch"
     """Save a checkpoint this often: 500s, 200steps or 1epoch. The best epoch, the last, and the step at which a
     signal stops the run are saved besides."""
+    max_bad_steps: NonNegativeInt = 10
+    """Steps in a row that may be skipped, their gradient not being finite, before the run stops; under fp16, where
+    that is how the right scale is found, they are counted only."""
+    timeout: PositiveInt = 600
+    """Seconds after which a process that gives no sign of life, or keeps the others waiting, ends the run."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep; the best stays besides."""
     log_every: PositiveInt = 50

@@ -1,5 +1,6 @@
 """Training figures between two log lines, kept on the device."""
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(4, device=self._accelerator.device)
-        self._pieces = 0
+        self._sums = torch.zeros(5, device=self._accelerator.device)
         self._images = 0
         self._seconds = 0.0
         self.start()
@@ -39,15 +39,17 @@ class Meter:
     def add(self, step: tuple[LossParts, Tensor], batch: Batch) -> None:
         """Add what a training step returned."""
         parts, right = step
-        self._sums += torch.stack([*parts, right.to(parts.total.dtype)])
-        self._pieces += 1
+        losses = torch.stack([*parts])
+        # A step that was skipped must not spoil the average of the others.
+        finite = losses.isfinite().all()
+        self._sums += torch.stack([*torch.where(finite, losses, 0.0), right.to(losses.dtype), finite.to(losses.dtype)])
         self._images += batch.batch_size
 
     def read(self) -> dict[str, Any]:
-        """Averages since the last reading, over all ranks, and the rate."""
+        """Averages since the last reading, over all ranks, and the rate; losses are NaN where none was finite."""
         # The parts are scaled for an average over ranks; the count of right predictions adds up.
-        total, classification, cam, right = self._accelerator.reduce(self._sums, "sum").tolist()
-        shares = self._pieces * self._accelerator.num_processes
+        total, classification, cam, right, finite = self._accelerator.reduce(self._sums, "sum").tolist()
+        shares = finite or math.nan
         self.pause()
         seconds = self._seconds
         figures = {
@@ -67,7 +69,6 @@ class Meter:
         self.pause()
         return {
             "sums": self._sums.cpu(),
-            "pieces": self._pieces,
             "images": self._images,
             "seconds": self._seconds,
         }
@@ -81,5 +82,6 @@ class Meter:
             # One rank takes it all. The parts are for an average over ranks, of which there were others.
             sums = torch.stack([one["sums"] for one in ranks]).sum(0) * (rank == 0)
             sums[:3] *= size / len(ranks)
+            sums[4] *= size / len(ranks)
         self._sums.copy_(sums)
-        self._pieces, self._images, self._seconds = (ranks[0][name] for name in ("pieces", "images", "seconds"))
+        self._images, self._seconds = ranks[0]["images"], ranks[0]["seconds"]

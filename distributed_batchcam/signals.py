@@ -27,7 +27,8 @@ class DeferredSignals:
     Python has no say in signals, nothing is installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "stopping after a checkpoint") -> None:
+        self._doing = doing  # what a user who sent one is told
         self.received = 0
         self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
@@ -48,7 +49,7 @@ class DeferredSignals:
         if not self.received:
             self.received, self._at = number, time.monotonic()
             # Not print(), which a handler may interrupt in the middle of itself.
-            sys.stderr.write(f"batchcam: {signal.Signals(number).name}: stopping after a checkpoint\n")
+            sys.stderr.write(f"batchcam: {signal.Signals(number).name}: {self._doing}\n")
         elif time.monotonic() - self._at > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -13,15 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .agreement import Agreement
+from .bad_steps import BadSteps
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
 from .checkpoint_writer import CheckpointSchedule, CheckpointWriter
 from .config import RunConfig
 from .data import DATASETS, FOREGROUND, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
-from .errors import InputError
+from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
 from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
+from .heartbeat import Heartbeat
 from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
@@ -76,6 +78,8 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
             return trainer.fit(on_epoch)
         finally:
             trainer.close()
+    except torch.OutOfMemoryError as error:
+        raise OneRankError(_out_of_memory(config, accelerator)) from error
     except Stopped as stopped:
         pass_on(stopped)
     finally:
@@ -139,7 +143,8 @@ class Trainer:
 
         self.progress = Progress()
         self.meter = Meter(accelerator)
-        self.agreement = Agreement(accelerator, timedelta(seconds=600))
+        self.agreement = Agreement(accelerator, timedelta(seconds=config.timeout))
+        self.heartbeat = Heartbeat(accelerator, config.timeout)
         self.state = TrainingState(
             accelerator,
             self.agreement,
@@ -150,6 +155,9 @@ class Trainer:
             self.scheduler,
             self.meter,
             self.progress,
+        )
+        self.bad_steps = BadSteps(
+            accelerator, self.agreement, self.optimizer, model, config.max_bad_steps, run_dir.path
         )
         self.signals = DeferredSignals()
         self.schedule = CheckpointSchedule(config.checkpoint_interval)
@@ -193,6 +201,7 @@ class Trainer:
 
     def close(self) -> None:
         """End what runs beside the training, and let others into the run directory."""
+        self.heartbeat.close()
         self.writer.close()
         if self.metrics is not None:
             self.metrics.close()
@@ -225,12 +234,13 @@ class Trainer:
 
     def fit(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Train to the last epoch, evaluate, and write what a finished run leaves; `on_epoch` as for `train`."""
-        with self.signals, self._progress_bar() as bar:
-            while self.progress.epoch < self.config.epochs:
-                self.train_epoch(bar)
-                figures = self.validate_epoch()
-                self.end_epoch(figures, on_epoch)
-        summary = self.finish()
+        with self.heartbeat:
+            with self.signals, self._progress_bar() as bar:
+                while self.progress.epoch < self.config.epochs:
+                    self.train_epoch(bar)
+                    figures = self.validate_epoch()
+                    self.end_epoch(figures, on_epoch)
+            summary = self.finish()
         if self.debug is not None:
             summary["debug_passed"] = self.debug.verdict()
         return summary
@@ -259,6 +269,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> tuple[LossParts, Tensor]:
         """Forward, loss, backward and, at the end of a global batch, the optimizer's step."""
+        self.bad_steps.before_forward(batch)
         images = self.data.normalize(batch.images)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -275,8 +286,8 @@ class Trainer:
             self.accelerator.backward(parts.total)
             if self.debug is not None:
                 self.debug.after_backward(images, output, parts)
-            if self.accelerator.sync_gradients and self.config.clip_norm is not None:
-                self.accelerator.clip_grad_norm_(self.ddp.parameters(), self.config.clip_norm)
+            if self.accelerator.sync_gradients:
+                self.bad_steps.before_step(self._clip_gradient())
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -285,11 +296,19 @@ class Trainer:
         right = (output.logits.detach().argmax(1) == batch.targets).sum()
         return LossParts(*(part.detach() for part in parts)), right
 
+    def _clip_gradient(self) -> Tensor:
+        """Clip the gradient where that is asked for; returns its norm before, on the device."""
+        if self.config.clip_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.ddp.parameters(), self.config.clip_norm)
+        gradients = [parameter.grad for parameter in self.ddp.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
     def end_step(self, bar: "tqdm[Any]") -> None:
         """Count the step; log, save and stop where that is due."""
         progress = self.progress
         progress.step += 1
         progress.epoch_step += 1
+        self.heartbeat.step = progress.step
         last = progress.epoch_step == self.steps_per_epoch
         if progress.step % self.config.log_every == 0 or last:
             self.log_train(bar)
@@ -322,6 +341,7 @@ class Trainer:
 
     def log_train(self, bar: "tqdm[Any]") -> None:
         """One line of metrics, averaged since the last; the only place of the loop that waits for the device."""
+        self.bad_steps.check(self.progress)
         figures = self.meter.read()
         self.progress.images += figures.pop("images")
         self.progress.seconds += figures.pop("seconds")
@@ -329,7 +349,8 @@ class Trainer:
             raise FloatingPointError(
                 f"the loss is not finite around step {self.progress.step}: lower --lr or --weight, or set --clip-norm"
             )
-        self._log({"split": "train", "lr": self.scheduler.get_last_lr()[0], **figures})
+        skipped = self.progress.skipped_steps
+        self._log({"split": "train", "lr": self.scheduler.get_last_lr()[0], **figures, "skipped_steps": skipped})
         bar.set_description(f"epoch {self.progress.epoch + 1}/{self.config.epochs}")
         shown = {"loss": "loss", "ce": "loss_class", "cam": "loss_cam"}
         bar.set_postfix({label: f"{figures[name]:.4f}" for label, name in shown.items()})
@@ -447,6 +468,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Save everything that the next step depends on; keep the newest few and the best."""
         progress = self.progress
+        self.bad_steps.check(progress)
         state = self.state.take()
         if state is not None:
             assert self.metrics is not None
@@ -511,6 +533,15 @@ class Trainer:
             disable=None if self.accelerator.is_main_process else True,
             dynamic_ncols=True,
         )
+
+
+def _out_of_memory(config: RunConfig, accelerator: "Accelerator") -> str:
+    pieces = 2 * config.accumulate
+    return (
+        f"out of memory on {accelerator.device} with --batch-size {config.batch_size} in {config.accumulate} pieces on "
+        f"{accelerator.num_processes} processes: lower --batch-size, cut it with --accumulate {pieces}, use more "
+        "processes, or try --precision bf16 or a smaller --image-size"
+    )
 
 
 def _warn(line: str) -> None:

@@ -31,6 +31,8 @@ class Progress:
     seconds: float = 0.0  # spent training, evaluation and saving not counted
     best_accuracy: float = -1.0  # on the validation set, percent
     best_epoch: int = 0
+    skipped_steps: int = 0  # their gradient was not finite
+    skipped_in_row: int = 0  # the last ones
 
 
 @dataclass
