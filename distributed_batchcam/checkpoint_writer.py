@@ -7,8 +7,31 @@ from typing import Any
 
 from .checkpoint import Packed, pack
 from .config import Interval
+from .errors import RunFault
 from .run_directory import RunDirectory
 from .training_state import Progress
+
+RETRY_SECONDS = 2.0
+
+
+def keep_trying(write: Callable[[], None], what: str, seconds: float, warn: Callable[[str], None]) -> None:
+    """Write the last files of a run, waiting for a disk that is full or gone: there is no next time for them.
+
+    Raises:
+        RunFault: it did not come back in that time.
+    """
+    deadline, warned = time.monotonic() + seconds, False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            reason = f"{what} cannot be written ({error.strerror or error})"
+            if time.monotonic() > deadline:
+                raise RunFault(f"{reason}; once it can, --resume auto ends the run") from error
+            if not warned:
+                warn(f"{reason}: make room or bring the folder back, it is tried again for {seconds:.0f} s")
+                warned = True
+            time.sleep(RETRY_SECONDS)
 
 
 class CheckpointSchedule:
@@ -50,7 +73,7 @@ class CheckpointWriter:
         self._warn = warn
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self.failed = False  # the last one could not be written
+        self._unwritten: tuple[str, Packed, int] | None = None  # the last one, if it could not be written
 
     def save(self, name: str, state: dict[str, Any], best_epoch: int) -> None:
         """Begin to write a checkpoint, after the one before is done."""
@@ -64,6 +87,15 @@ class CheckpointWriter:
             writing, self._writing = self._writing, None
             writing.result()
 
+    def insist(self, seconds: float) -> bool:
+        """Try the last one again for a while if it could not be written; returns whether it is on disk."""
+        self.wait()
+        deadline = time.monotonic() + seconds
+        while self._unwritten is not None and time.monotonic() < deadline:
+            time.sleep(RETRY_SECONDS)
+            self._write(*self._unwritten)
+        return self._unwritten is None
+
     def close(self) -> None:
         """Let a write that has begun come to its end."""
         self._thread.shutdown(wait=True)
@@ -71,10 +103,11 @@ class CheckpointWriter:
     def _write(self, name: str, packed: Packed, best_epoch: int) -> None:
         try:
             self._run_dir.write_checkpoint(name, packed, best_epoch=best_epoch, newest=self._newest)
-            self.failed = False
+            self._unwritten = None
         except OSError as error:
-            self.failed = True
-            self._warn(
-                f"checkpoint {name} could not be written ({error.strerror or error}): training goes on, earlier "
-                f"checkpoints are as they were, the next one is tried again"
-            )
+            if self._unwritten is None:
+                self._warn(
+                    f"checkpoint {name} could not be written ({error.strerror or error}): training goes on, earlier "
+                    "checkpoints are as they were; it is tried again with each one that is due"
+                )
+            self._unwritten = (name, packed, best_epoch)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 from pydantic.fields import FieldInfo
 
 from .config import REGISTRIES, RunConfig, make_config
-from .errors import InputError, OneRankError, RankFault, unknown_name
+from .errors import InputError, OneRankError, RunFault, unknown_name
 
 if TYPE_CHECKING:
     from .explanations import Explanations
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         _say(f"batchcam: error: {error}", on_every_process=isinstance(error, OneRankError))
         return _BAD_INPUT
-    except RankFault as error:
+    except RunFault as error:
         # By whoever is left: it may be the first of them that was lost.
         _say(f"batchcam: stopped: {error}", on_every_process=True)
         return _FAULT
@@ -328,7 +328,8 @@ def _metavar(types: list[Any]) -> str:
 
 
 def _summary_lines(summary: dict[str, Any]) -> str:
-    best = f"best epoch {summary['best_epoch']}: {summary['best_test_accuracy']:.2f} %"
+    accuracy = summary["best_test_accuracy"]
+    best = f"best epoch {summary['best_epoch']}: {'unknown' if accuracy is None else f'{accuracy:.2f} %'}"
     return (
         f"batchcam: test accuracy {summary['test_accuracy']:.2f} % ({best}), CAM L1 {summary['cam_l1']:.4f}, "
         f"CAM SSIM {summary['cam_ssim']:.3f}, class CAM SSIM {summary['class_cam_ssim']:.3f}; "

@@ -12,8 +12,8 @@ class OneRankError(InputError):
     """Bad input that showed on one process alone, which is therefore the one to say it."""
 
 
-class RankFault(RuntimeError):
-    """A process of the run was lost: one line that names it; the command line exits with 1."""
+class RunFault(RuntimeError):
+    """What a run could not go on after, such as a process that was lost, in one line; the command line exits with 1."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], listing: str = "") -> InputError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
-from .errors import RankFault
+from .errors import RunFault
 from .runtime import decided_by_main
 from .signals import DeferredSignals, Stopped
 
@@ -36,7 +36,7 @@ class Heartbeat:
     Where a collective has failed already, a short silence is enough. A main thread that waits in a collective cannot
     raise anything, so a second thread ends the process.
 
-    As a context it turns the failure of a collective into a `RankFault` that names the rank, and tells the others
+    As a context it turns the failure of a collective into a `RunFault` that names the rank, and tells the others
     what this rank failed of. With one process it does nothing.
     """
 
@@ -72,7 +72,7 @@ class Heartbeat:
             with DeferredSignals("naming the process that was lost"):
                 verdict = self._find_out()
             reason = verdict or f"another process was lost ({_first_line(error)})"
-            raise RankFault(f"{reason}; the run goes on from its last checkpoint with --resume auto") from error
+            raise RunFault(f"{reason}; the run goes on from its last checkpoint with --resume auto") from error
         self._accuse(self._rank, f"ended ({_first_line(error)})")
 
     def close(self) -> None:

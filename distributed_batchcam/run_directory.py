@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Packed, load_checkpoint, write_checkpoint
+from .checkpoint import Packed, load_checkpoint, write_atomic, write_checkpoint
 from .config import RunConfig
 from .errors import InputError
 from .run_lock import NAME, RunLock
@@ -79,9 +79,15 @@ class RunDirectory:
             shutil.rmtree(left_over, ignore_errors=True)
         return lock
 
+    def write_config(self, config: RunConfig) -> None:
+        """Make the folder that of a run, and `batchcam train --config` on it repeat the run."""
+        write_atomic(self.path / "config.yaml", config.to_yaml().encode())
+
     def write_checkpoint(self, name: str, packed: Packed, *, best_epoch: int, newest: int) -> None:
         """Write a checkpoint; then remove all but the `newest` few and the best."""
         write_checkpoint(self.checkpoints, name, packed)
+        if not (self.path / "config.yaml").exists():  # the folder vanished, and has been made again
+            self.write_config(RunConfig(**packed.tree["config"]))
         saved = self._saved()
         for path in saved:
             if path not in saved[-newest:] and path != self.checkpoint(best_epoch):

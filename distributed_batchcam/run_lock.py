@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -64,6 +65,8 @@ class RunLock:
         if self._file in _held:
             _held.discard(self._file)
             self._file.truncate(0)
+            with suppress(OSError):  # kept no locks
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
     def _holder(self) -> dict[str, object]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .agreement import Agreement
 from .bad_steps import BadSteps
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
-from .checkpoint_writer import CheckpointSchedule, CheckpointWriter
+from .checkpoint_writer import CheckpointSchedule, CheckpointWriter, keep_trying
 from .config import RunConfig
 from .data import DATASETS, FOREGROUND, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATION_BATCH = 512
+STOP_SECONDS = 20
+"""Tries to write the checkpoint of a run that a signal stops: launchers kill after 30."""
+FINISH_SECONDS = 300
+"""Tries to write what a finished run leaves, or half of --timeout, since the other ranks wait."""
 DEBUG_SAMPLES = 512
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
@@ -191,8 +195,7 @@ class Trainer:
     def _begin_files(self, metrics: list[str]) -> None:
         path, config = self.run_dir.path, self._resolved_config()
         try:
-            write_atomic(path / "config.yaml", config.to_yaml().encode())
-            save_prototypes(path / "prototypes.safetensors", self.prototypes)
+            self._write_identity()
             self.metrics = MetricsFile(path / "metrics.jsonl", metrics)
         except OSError as error:
             raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
@@ -209,6 +212,11 @@ class Trainer:
             self.tracker.close()
         if self.lock is not None:
             self.lock.release()
+
+    def _write_identity(self) -> None:
+        """What is needed beside weights to use them."""
+        self.run_dir.write_config(self._resolved_config())
+        save_prototypes(self.run_dir.path / "prototypes.safetensors", self.prototypes)
 
     def _headline(self) -> str:
         config, data = self.config, self.data
@@ -335,7 +343,8 @@ class Trainer:
 
     def stop(self, signal: int) -> NoReturn:
         """Leave once the checkpoint is on disk. No rank goes before: its launcher would end the others."""
-        self.writer.wait()
+        if not self.writer.insist(STOP_SECONDS):
+            _warn(f"step {self.progress.step} is lost, as its checkpoint could not be written")
         self.accelerator.wait_for_everyone()
         raise Stopped(signal)
 
@@ -390,14 +399,10 @@ class Trainer:
         masks = default_masks(self.config.dataset, self.data.test)
         test = self.evaluate("test", map_measures(len(self.data.test), self.data.num_classes, masks))
         model = self._weights_that_count()
-        best = test
+        best: Evaluation | None = test
         if self.progress.best_epoch != self.progress.epoch:
             last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            self.writer.wait()
-            self.accelerator.wait_for_everyone()
-            state = load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
-            model.load_state_dict(state["ema" if self.ema is not None else "model"])
-            best = self.evaluate("test")
+            best = self._evaluate_best(model)
             model.load_state_dict(last)
         config, progress, figures = self.config, self.progress, test.figures()
         summary = {
@@ -412,7 +417,7 @@ class Trainer:
             "params": self.parameters,
             "gflops": self.gflops,
             "test_accuracy": figures.pop("accuracy"),
-            "best_test_accuracy": best.accuracy,
+            "best_test_accuracy": None if best is None else best.accuracy,
             "best_epoch": progress.best_epoch,
             "best_valid_accuracy": progress.best_accuracy,
             "validated_on": "test" if self.data.valid is self.data.test else "held-out training images",
@@ -424,12 +429,38 @@ class Trainer:
             "torch": torch.__version__,
         }
         if self.accelerator.is_main_process:
-            self._write_results(model, test, summary)
+            assert self.tracker is not None
+            seconds = min(FINISH_SECONDS, config.timeout / 2)
+            keep_trying(
+                lambda: self._write_results(model, test, summary), f"the results in {self.run_dir.path}", seconds, _warn
+            )
+            self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, progress.step)
+            self.tracker.finish(summary, self.run_dir.path)
         self.accelerator.wait_for_everyone()
         return summary
 
+    def _evaluate_best(self, model: CAMModel) -> Evaluation | None:
+        """Load the weights of the best epoch and evaluate them; None where its checkpoint is lost, which is said."""
+
+        def load() -> dict[str, Any] | None:
+            self.writer.wait()
+            try:
+                return load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
+            except InputError as error:
+                _warn(f"{error}: the test accuracy of the best epoch is not known")
+                return None
+
+        state = load() if self.accelerator.is_main_process else None
+        if not decided_by_main(self.accelerator, lambda: state is not None):
+            return None
+        state = state or load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
+        model.load_state_dict(state["ema" if self.ema is not None else "model"])
+        return self.evaluate("test")
+
     def _write_results(self, model: CAMModel, test: Evaluation, summary: dict[str, Any]) -> None:
         path, data, config = self.run_dir.path, self.data, self.config
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_identity()
         save_model(path / "model.safetensors", model, self._metadata())
         save_evaluation(
             path,
@@ -446,10 +477,9 @@ class Trainer:
             f"{data.name} test set, {config.model}, {config.objective}: {test.accuracy:.2f} % right",
         )
         write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
-        assert self.tracker is not None
+        assert self.metrics is not None
+        self.metrics.complete()
         write_report([path], path / "report.html")
-        self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, self.progress.step)
-        self.tracker.finish(summary, path)
 
     def _metadata(self) -> dict[str, Any]:
         """What is needed beside config.yaml to build the model again, and to feed it."""

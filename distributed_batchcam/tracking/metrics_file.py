@@ -51,13 +51,17 @@ class MetricsFile:
                 )
             self._warned = True
 
+    def complete(self) -> None:
+        """Write what could not be written before.
+
+        Raises:
+            OSError: it still cannot be.
+        """
+        if self._warned or not self._path.exists():
+            self._begin()
+            self._warned = False
+
     def close(self) -> None:
-        """Write what could not be written before, if that is possible now."""
-        try:
-            if self._file is None and self._warned:
-                self._begin()
-        except OSError as error:
-            logger.warning("%s lacks lines: %s", self._path, error.strerror or error)
         self._leave()
 
     def _begin(self) -> None:
