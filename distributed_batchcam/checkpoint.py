@@ -5,6 +5,7 @@ Nothing here is pickled: reading a file from somebody else cannot run code.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .errors import InputError
 from .models import CAMModel, create_model, load_weights
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+_MAX_CLASSES, _MAX_SIZE = 100_000, 4096  # of a model that is read
 _MAX_STATE_BYTES = 1 << 28  # of state.json, which is parsed whole
 _TENSOR = "$tensor"  # {"$tensor": name} in the JSON stands for that tensor of the safetensors file
 
@@ -107,7 +109,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or _in_a_line(error)
         raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(state, dict):
         raise InputError(f"checkpoint {path}: {STATE} holds no state")
@@ -182,12 +184,11 @@ def load_run(path: Path, target_layer: str | None = None) -> Run:
         raise InputError(f"{path}: {wrong[0]} holds weights that are not finite: the training diverged, lower its --lr")
     config = make_config({}, run_dir / "config.yaml")
     try:
-        classes, channels, size = tuple(metadata["classes"]), int(metadata["channels"]), int(metadata["image_size"])
-        mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
+        classes, channels, size, mean, std = _checked_metadata(metadata)
         prototypes = load_file(run_dir / "prototypes.safetensors")
         fits = prototypes["valid"].shape == (len(classes), size, size)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path}: the model cannot be read: {error}") from error
+        raise InputError(f"{path}: the model cannot be read: {_in_a_line(error)}") from error
     if not fits:
         raise InputError(f"{run_dir / 'prototypes.safetensors'} is of other classes or another size than the model")
     layer = config.target_layer if target_layer is None else target_layer
@@ -210,8 +211,35 @@ def _final_weights(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, "pt") as opened:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
             return {key: opened.get_tensor(key) for key in opened.keys()}, metadata  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{file}: the model cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise InputError(f"{file}: the model cannot be read: {_in_a_line(error)}") from error
+
+
+def _checked_metadata(
+    metadata: dict[str, Any],
+) -> tuple[tuple[str, ...], int, int, tuple[float, ...], tuple[float, ...]]:
+    """Classes, channels, image size, mean and std; a file from others must not ask for a model of any size.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are missing, of another type, or out of range.
+    """
+    classes, channels, size = metadata["classes"], metadata["channels"], metadata["image_size"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise TypeError("its classes are no list of names")
+    if not 2 <= len(classes) <= _MAX_CLASSES:
+        raise ValueError(f"it names {len(classes):,} classes; from 2 to {_MAX_CLASSES:,} are possible")
+    if type(channels) is not int or type(size) is not int or channels not in (1, 3) or not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"its images of {channels!r:.20}×{size!r:.20}×{size!r:.20} are not possible")
+    mean, std = (tuple(float(value) for value in metadata[name]) for name in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError("its mean and std are not those of images")
+    return tuple(classes), channels, size, mean, std
+
+
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
 
 
 def _checkpoint_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -242,7 +242,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        raise InputError(f"{file} is not plain YAML{line}: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{file} is not plain YAML{line}: {problem}") from None
+    except (RecursionError, ValueError) as error:  # brackets without end, a date that no calendar has
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{file} is not plain YAML: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -6,7 +6,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -150,6 +151,17 @@ class Heartbeat:
         sys.stderr.write(line)
         sys.stderr.flush()
         os._exit(1)
+
+
+@contextmanager
+def lost_before_training() -> Iterator[None]:
+    """One line for a process that is lost while the others meet, before there is a heartbeat to name it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunFault) or not _is_of_collective(error):
+            raise
+        raise RunFault(f"another process was lost before or after training ({_first_line(error)})") from error
 
 
 def _open_store(accelerator: "Accelerator") -> Any:

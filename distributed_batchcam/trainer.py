@@ -23,7 +23,7 @@ from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
 from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
-from .heartbeat import Heartbeat
+from .heartbeat import Heartbeat, lost_before_training
 from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
@@ -66,6 +66,11 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
     Raises:
         InputError: anything about the request that cannot be right; nothing is left behind then.
     """
+    with lost_before_training():
+        return _train(config, on_epoch)
+
+
+def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     accelerator = start_accelerator(config)
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
