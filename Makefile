@@ -56,10 +56,10 @@ bench: $(VENV)/.installed ## measure what the README claims, on this machine
 	$(BIN)/python -m benchmarks.explain_speed --dataset digits --images 350
 
 faults: $(VENV)/.installed ## kill, tear, fill and fuzz; writes docs/reliability.md (about an hour)
-	$(BIN)/python -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults
 
 soak: $(VENV)/.installed ## short runs for MINUTES=120, then LAUNCHES=200: memory, files and threads stay flat
-	$(BIN)/python -m faults.soak --minutes $(or $(MINUTES),120) --launches $(or $(LAUNCHES),200)
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --minutes $(or $(MINUTES),120) --launches $(or $(LAUNCHES),200)
 
 clean: ## remove .venv and caches (never runs/)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

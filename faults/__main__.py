@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from . import costs, damage, disks, fuzz, kills, stops
 from .runs import Figures
@@ -27,14 +26,15 @@ DOCUMENT = Path(__file__).parents[1] / "docs/reliability.md"
 def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figures]]]:
     """Each kind of fault by name."""
     return {
-        "kills": lambda folder: [kills.at_random_moments(folder, 4 if short else 50, seed)],
+        "kills": lambda folder: [kills.at_random_moments(folder, 3 if short else 50, seed)],
         "pairs": lambda folder: [kills.one_of_two(folder, 1 if short else 50, seed)],
-        "writes": lambda folder: [kills.inside_writes(folder, 40 if short else 1)],
-        "space": lambda folder: [kills.full_disk(folder, 40 if short else 1)],
+        "writes": lambda folder: [kills.inside_writes(folder, 3 if short else None)],
+        "space": lambda folder: [kills.full_disk(folder, 3 if short else None)],
         "damage": lambda folder: [damage.each_region(folder, 40 if short else 70)],
-        "disks": lambda folder: [disks.small_file_systems(folder, 2 if short else 12)],
-        "stops": lambda folder: [stops.at_random_moments(folder, 3 if short else 20, seed)],
-        "hangs": lambda folder: [stops.of_one_rank(folder, 5)],
+        "disks": lambda folder: [disks.small_file_systems(folder, 1 if short else 12)],
+        "stops": lambda folder: [stops.at_random_moments(folder, 2 if short else 20, seed)],
+        "one of two": lambda folder: [stops.of_one_of_two(folder, 1 if short else 10, seed)],
+        "hangs": lambda folder: [stops.of_one_rank(folder, 4, (1,) if short else (0, 1) * 3)],
         "fuzz": lambda folder: fuzz.everything(folder, 60 if short else 1500),
     }
 
@@ -51,10 +51,11 @@ def main() -> None:
     }
     found: list[Figures] = []
     since = time.monotonic()
-    for name, experiment in tqdm(chosen.items(), disable=None):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, experiment in chosen.items():
             found += experiment(Path(folder))
-        print(f"{name}: {found[-1].survived} of {found[-1].tried}", flush=True)
+            tried, survived = sum(f.tried for f in found), sum(f.survived for f in found)
+            print(f"{name}, {time.monotonic() - since:.0f} s: {survived:,} of {tried:,} so far", flush=True)
     if options.out.suffix == ".json":
         options.out.write_text(json.dumps([asdict(figures) for figures in found], indent=2))
     else:

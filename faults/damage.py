@@ -16,7 +16,8 @@ from .runs import Figures
 def each_region(folder: Path, positions: int) -> Figures:
     """Two checkpoints, the newer one damaged at `positions` places of each of its files, in two ways each."""
     figures = Figures("a bit flipped, or the rest cut off, anywhere in a checkpoint")
-    run, _ = undisturbed(folder)
+    run = folder / "damaged"
+    shutil.copytree(undisturbed(folder)[0], run)
     config = make_config({}, run / "config.yaml")
     directory = RunDirectory(run, resumed=True)
     older, newer = sorted(directory.checkpoints.glob("epoch_*"))[-2:]

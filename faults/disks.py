@@ -33,8 +33,7 @@ def small_file_systems(folder: Path, sizes: int) -> Figures:
             figures.note = "not tried: mounting a tmpfs is not allowed here"
             return figures
         try:
-            child = Child(fresh(place / "run"), ["--timeout", "4"])
-            child.log = folder / "small.log"
+            child = Child(fresh(place / "run"), ["--timeout", "4"], log=folder / "small.log")
             status = child.wait()
             said = child.said()
             failure = traceback_in(said)

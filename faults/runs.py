@@ -1,7 +1,7 @@
 """Short runs in forked processes, to be disturbed, and what to compare them with.
 
 A process that has imported everything forks each run, which saves the seconds that importing takes. That is safe
-here since this process never trains: it has no threads for a fork to lose.
+here since this process never trains: it has no threads for a fork to lose (`Child` makes sure).
 """
 
 import json
@@ -14,15 +14,20 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-import distributed_batchcam.trainer  # noqa: F401 (for the forked runs)
 from distributed_batchcam.cli import run
 
+# What a run imports where it needs it; the rest comes with the trainer.
+for module in ("trainer", "report.html", "report.figures"):
+    import_module(f"distributed_batchcam.{module}")
+for module in ("accelerate", "jinja2", "matplotlib.backends.backend_agg", "sklearn.datasets", "torch._dynamo"):
+    import_module(module)
 torch.set_num_threads(1)
 
 OPTIONS = [
@@ -63,6 +68,7 @@ class Child:
         options: after `OPTIONS`.
         rank, size, port: of several processes.
         hook: called in the child before the run.
+        log: the file for its output; default: beside the run directory.
     """
 
     def __init__(
@@ -74,11 +80,12 @@ class Child:
         size: int = 1,
         port: int = 0,
         hook: Callable[[], object] | None = None,
+        log: Path | None = None,
     ) -> None:
-        self.out = out
-        self.log = out.with_name(f"{out.name}.{rank}.log")
+        self.log = log or out.with_name(f"{out.name}.{rank}.log")
         self.status: int | None = None
         sys.stdout.flush()
+        assert not (lost := _other_threads()), f"a fork would lose the threads {lost}: set OMP_NUM_THREADS=1"
         self.since = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
@@ -137,6 +144,13 @@ class Child:
 
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _other_threads() -> list[str]:
+    """Names of this process's threads but the main one, and jemalloc's (pyarrow brings it), which knows of forks."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    return [name for name in names if name != "jemalloc_bg_thd"]
 
 
 def start_pair(out: Path, options: list[str] | None = None) -> list[Child]:

@@ -45,6 +45,14 @@ def test_a_checkpoint_within_an_epoch_can_be_evaluated(tmp_path: Path) -> None:
     assert run(["evaluate", str(tmp_path / "run/checkpoints/epoch_00000_step_00000015"), "--device", "cpu"]) == 0
 
 
+def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--log-every", "4") == 0
+    copy = cut_off(tmp_path / "run", tmp_path / "copy", "epoch_00001")
+    assert train(copy, "--log-every", "4", "--precision", "bf16", "--resume", "auto") == 0
+    for ours, theirs in zip(lines_of(copy), lines_of(tmp_path / "run"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+
+
 @pytest.mark.slow
 def test_two_processes_with_running_statistics_go_on_within_an_epoch_bit_for_bit(tmp_path: Path) -> None:
     options = ["train", *SMALL, "--image-size", "8", "--model", "resnet18", "--epochs", "1", "--ema", "0.9"]
