@@ -1,7 +1,9 @@
 """Try every fault and write what came of it to docs/reliability.md.
 
 python -m faults            # about an hour
-python -m faults --short    # a few of each, into a file of your choice with --out
+python -m faults --short    # a few of each
+python -m faults --only kills --out kills.json    # in parts,
+python -m faults --of kills.json …                # to be put together
 """
 
 import argparse
@@ -44,8 +46,13 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few of each")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(experiments(True, 0)), help="some kinds")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--out", type=Path, default=DOCUMENT, help="the document, or .json for the bare figures")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="for the bare figures, instead of the document")
+    parser.add_argument("--of", nargs="+", type=Path, metavar="FILE.json", help="write the document of these figures")
     options = parser.parse_args()
+    if options.of:
+        parts = [json.loads(file.read_text()) for file in options.of]
+        write([Figures(**figures) for part in parts for figures in part["figures"]], sum(p["seconds"] for p in parts))
+        return
     chosen = {
         name: run for name, run in experiments(options.short, options.seed).items() if name in (options.only or [name])
     }
@@ -56,14 +63,21 @@ def main() -> None:
             found += experiment(Path(folder))
             tried, survived = sum(f.tried for f in found), sum(f.survived for f in found)
             print(f"{name}, {time.monotonic() - since:.0f} s: {survived:,} of {tried:,} so far", flush=True)
-    if options.out.suffix == ".json":
-        options.out.write_text(json.dumps([asdict(figures) for figures in found], indent=2))
+    seconds = time.monotonic() - since
+    if options.out is None:
+        write(found, seconds)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            options.out.write_text(document(found, costs.of_checkpoints(Path(folder)), time.monotonic() - since))
+        all_figures = {"seconds": seconds, "figures": [asdict(figures) for figures in found]}
+        options.out.write_text(json.dumps(all_figures, indent=2))
     failures = [failure for figures in found for failure in figures.failures]
     print("\n".join(failures[:20]), file=sys.stderr)
     sys.exit(bool(failures))
+
+
+def write(found: list[Figures], seconds: float) -> None:
+    """Measure what checkpoints cost, and write the document."""
+    with tempfile.TemporaryDirectory() as folder:
+        DOCUMENT.write_text(document(found, costs.of_checkpoints(Path(folder)), seconds))
 
 
 def document(found: list[Figures], cost: str, seconds: float) -> str:
