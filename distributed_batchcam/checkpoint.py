@@ -202,7 +202,7 @@ def _final_weights(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metadata of a finished run."""
     file = run_dir / "model.safetensors"
     if not file.is_file():
-        newest = max((run_dir / "checkpoints").glob("*"), default=None)
+        newest = max((run_dir / "checkpoints").glob("epoch_*"), default=None)
         hint = f"; its newest checkpoint is {newest}" if newest else ""
         raise InputError(
             f"{run_dir} holds an unfinished run: no model.safetensors (batchcam train --resume auto ends it{hint})"

@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT: stop after a whole step, with a checkpoint."""
 
+import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
@@ -30,6 +30,7 @@ class DeferredSignals:
     def __init__(self, doing: str = "stopping after a checkpoint") -> None:
         self._doing = doing  # what a user who sent one is told
         self.received = 0
+        self._process = os.getpid()
         self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -46,10 +47,12 @@ class DeferredSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked decoder of images, which Ctrl-C reaches too: it serves until it is told to end
         if not self.received:
             self.received, self._at = number, time.monotonic()
-            # Not print(), which a handler may interrupt in the middle of itself.
-            sys.stderr.write(f"batchcam: {signal.Signals(number).name}: {self._doing}\n")
+            # Not print(): the handler may have interrupted one.
+            os.write(2, f"batchcam: {signal.Signals(number).name}: {self._doing}\n".encode())
         elif time.monotonic() - self._at > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
