@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types imports bench bench-gpu clean
+.PHONY: help install demo test check lint format types imports packages bench bench-gpu faults soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ demo: $(VENV)/.installed ## train on the embedded digits, evaluate, explain, and
 test: $(VENV)/.installed ## run the tests (BATCHCAM_DATA=DIR adds those on real MNIST)
 	$(BIN)/python -m pytest
 
-check: lint format types imports ## lint, format, types and the import rule
+check: lint format types imports packages ## lint, format, types, the import rule, packages that fit together
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -44,6 +44,10 @@ types: $(VENV)/.installed
 
 imports: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_imports.py
+
+# Needs no network: that what is installed fits together. Known vulnerabilities take an index of them, and a network.
+packages: $(VENV)/.installed
+	$(BIN)/pip check --quiet
 
 # digits needs no files; with MNIST and Fashion-MNIST in $BATCHCAM_DATA: make bench BENCH_DATA=mnist, as the README has it.
 BENCH_DATA ?= digits
@@ -60,6 +64,12 @@ bench: $(VENV)/.installed ## measure what the README claims, on this machine's C
 
 bench-gpu: $(VENV)/.installed ## the same on a GPU; without one, a smoke run of each on the CPU
 	$(BIN)/python -m benchmarks.gpu
+
+faults: $(VENV)/.installed ## kill, tear, fill and fuzz; writes docs/reliability.md (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults
+
+soak: $(VENV)/.installed ## short runs for MINUTES=120, then LAUNCHES=200: memory, files and threads stay flat
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --minutes $(or $(MINUTES),120) --launches $(or $(LAUNCHES),200)
 
 clean: ## remove .venv and caches (never runs/)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

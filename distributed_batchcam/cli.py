@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 from pydantic.fields import FieldInfo
 
 from .config import REGISTRIES, RunConfig, make_config
-from .errors import InputError, unknown_name
+from .errors import InputError, OneRankError, RunFault, unknown_name
 
 if TYPE_CHECKING:
     from .explanations import Explanations
@@ -35,8 +35,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _run(list(arguments))
     except InputError as error:
-        _say(f"batchcam: error: {error}")
+        _say(f"batchcam: error: {error}", on_every_process=isinstance(error, OneRankError))
         return _BAD_INPUT
+    except RunFault as error:
+        # By whoever is left: it may be the first of them that was lost.
+        _say(f"batchcam: stopped: {error}", on_every_process=True)
+        return _FAULT
     except FloatingPointError as error:
         _say(f"batchcam: stopped: {error}")
         return _FAULT
@@ -334,7 +338,8 @@ def _metavar(types: list[Any]) -> str:
 
 
 def _summary_lines(summary: dict[str, Any]) -> str:
-    best = f"best epoch {summary['best_epoch']}: {summary['best_test_accuracy']:.2f} %"
+    accuracy = summary["best_test_accuracy"]
+    best = f"best epoch {summary['best_epoch']}: {'unknown' if accuracy is None else f'{accuracy:.2f} %'}"
     return (
         f"batchcam: test accuracy {summary['test_accuracy']:.2f} % ({best}), CAM L1 {summary['cam_l1']:.4f}, "
         f"CAM SSIM {summary['cam_ssim']:.3f}, class CAM SSIM {summary['class_cam_ssim']:.3f}; "
@@ -364,7 +369,7 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(line: str) -> None:
-    # Once per machine, not once per process.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _say(line: str, *, on_every_process: bool = False) -> None:
+    # Otherwise once per machine.
+    if on_every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print(line.replace("\n", " "), file=sys.stderr, flush=True)

@@ -3,9 +3,10 @@
 The command line, the YAML files and their validation all come from `RunConfig`. To add an option, add a field.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import yaml
 from pydantic import (
@@ -28,6 +29,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 # As long as W&B takes them.
 Group = Annotated[str, Field(min_length=1, max_length=128)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
+_INTERVAL = re.compile(r"([1-9][0-9]{0,8})(?:(s)|(step|epoch)s?)")
 
 
 def _dataset_names() -> Iterable[str]:
@@ -45,6 +47,13 @@ def _objective_names() -> Iterable[str]:
 # Names that live in registries elsewhere, fetched only when a value is checked or help is printed: that
 # takes an import of torch, which `batchcam --help` does not wait for.
 REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {"dataset": _dataset_names, "objective": _objective_names}
+
+
+class Interval(NamedTuple):
+    """Every so many seconds, steps or epochs."""
+
+    amount: int
+    unit: Literal["s", "step", "epoch"]
 
 
 class RunConfig(BaseModel):
@@ -135,6 +144,14 @@ class RunConfig(BaseModel):
     """Run directory; default: a new one under runs/."""
     resume: Literal["no", "auto"] = "no"
     """auto continues from the newest intact checkpoint of --out, if there is one."""
+    checkpoint_every: str = "1epoch"
+    """Save a checkpoint this often: 500s, 200steps or 1epoch. The best epoch, the last, and the step at which a
+    signal stops the run are saved besides."""
+    max_bad_steps: NonNegativeInt = 10
+    """Steps in a row that may be skipped, their gradient not being finite, before the run stops; under fp16, where
+    that is how the right scale is found, they are counted only."""
+    timeout: PositiveInt = 600
+    """Seconds after which a process that gives no sign of life, or keeps the others waiting, ends the run."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep; the best stays besides."""
     log_every: PositiveInt = 50
@@ -164,6 +181,13 @@ class RunConfig(BaseModel):
             raise unknown_name(str(info.field_name), value, names)
         return value
 
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _is_interval(cls, value: str) -> str:
+        if not _INTERVAL.fullmatch(value):
+            raise ValueError("needs a number and a unit: 500s, 200steps or 1epoch")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size % self.accumulate:
@@ -184,6 +208,13 @@ class RunConfig(BaseModel):
     def warmup_share(self) -> float:
         """`warmup` with its default filled in."""
         return (0.1 if self.schedule == "onecycle" else 0.0) if self.warmup is None else self.warmup
+
+    @property
+    def checkpoint_interval(self) -> Interval:
+        """`checkpoint_every` taken apart."""
+        found = _INTERVAL.fullmatch(self.checkpoint_every)
+        assert found is not None
+        return Interval(int(found[1]), cast(Any, found[2] or found[3]))
 
     def to_yaml(self) -> str:
         """All options but where the run lives: `batchcam train --config` on it repeats the run."""
@@ -211,7 +242,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        raise InputError(f"{file} is not plain YAML{line}: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{file} is not plain YAML{line}: {problem}") from None
+    except (RecursionError, ValueError) as error:  # brackets without end, a date that no calendar has
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{file} is not plain YAML: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and the help it offers."""
+"""The exceptions that end in one line instead of a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,6 +6,14 @@ from difflib import get_close_matches
 
 class InputError(ValueError):
     """Bad input: one line that names the matter and the remedy; the command line exits with 2."""
+
+
+class OneRankError(InputError):
+    """Bad input that showed on one process alone, which is therefore the one to say it."""
+
+
+class RunFault(RuntimeError):
+    """What a run could not go on after, such as a process that was lost, in one line; the command line exits with 1."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], listing: str = "") -> InputError:

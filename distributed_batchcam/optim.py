@@ -15,7 +15,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
@@ -23,6 +23,11 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if config.momentum > 0:
+        # torch takes uninitialised memory for them and fills it in the first step; if that is skipped, it stays so.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -38,7 +39,12 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
     if config.debug:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
 
-    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+    from accelerate import (
+        Accelerator,
+        DataLoaderConfiguration,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+    )
     from accelerate.state import AcceleratorState, GradientState
 
     # Accelerate's state is global: a run in the same process as an earlier one must not inherit its settings.
@@ -51,7 +57,10 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
         # split_batches: the batch size is the global one, so the schedule moves once a step, not once a rank.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # Running statistics are averaged before they are used (see `average_buffers`), not sent in every step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
+        ],
     )
     if accelerator.num_processes != launched:
         raise InputError(
@@ -94,11 +103,16 @@ def main_first(accelerator: "Accelerator", load: Callable[[], T]) -> T:
     return loaded[0] if loaded else load()
 
 
+def float_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that differ between ranks within an epoch: running statistics."""
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
 def average_buffers(module: torch.nn.Module, accelerator: "Accelerator") -> None:
     """Give all ranks the mean of their floating-point buffers (running statistics), in one collective."""
     if accelerator.num_processes == 1:
         return
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    buffers = list(float_buffers(module).values())
     if not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])

@@ -2,25 +2,28 @@
 
 import json
 import math
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .agreement import Agreement
+from .bad_steps import BadSteps
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
+from .checkpoint_writer import CheckpointSchedule, CheckpointWriter, keep_trying
 from .config import RunConfig
 from .data import DATASETS, FOREGROUND, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
 from .debug import DebugMonitor
-from .errors import InputError
+from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
 from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
+from .heartbeat import Heartbeat, lost_before_training
 from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
@@ -28,26 +31,22 @@ from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
 from .report.html import write_report
 from .run_directory import RunDirectory
+from .run_lock import RunLock
 from .runtime import average_buffers, decided_by_main, describe, main_first, start_accelerator
+from .signals import DeferredSignals, Stopped, pass_on
 from .tracking import MetricsFile, SafeTracker
+from .training_state import Progress, TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATION_BATCH = 512
+STOP_SECONDS = 20
+"""Tries to write the checkpoint of a run that a signal stops: launchers kill after 30."""
+FINISH_SECONDS = 300
+"""Tries to write what a finished run leaves, or half of --timeout, since the other ranks wait."""
 DEBUG_SAMPLES = 512
-
-
-@dataclass
-class Progress:
-    """How far a run has come; part of every checkpoint."""
-
-    epoch: int = 0  # epochs done
-    step: int = 0  # optimizer steps done
-    images: int = 0
-    seconds: float = 0.0  # spent training, evaluation and saving not counted
-    best_accuracy: float = -1.0  # on the validation set, percent
-    best_epoch: int = 0
+_SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -58,12 +57,20 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
         on_epoch: called on the main process after each epoch, once its checkpoint is saved, with the line of
             metrics.jsonl about the validation set. What it raises ends the run, which can be resumed.
 
+    SIGTERM and SIGINT that reach the main thread of any process meanwhile stop the run after a whole step, with a
+    checkpoint, and are then passed on to the handlers that were there before.
+
     Returns:
         What summary.json holds.
 
     Raises:
         InputError: anything about the request that cannot be right; nothing is left behind then.
     """
+    with lost_before_training():
+        return _train(config, on_epoch)
+
+
+def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     accelerator = start_accelerator(config)
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
@@ -75,8 +82,15 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
         data = _load_data(config, accelerator)
         _check_batch(config, len(data.train), accelerator.num_processes)
         trainer = Trainer(config, accelerator, data, run_dir)
-        trainer.open_run()
-        return trainer.fit(on_epoch)
+        try:
+            trainer.open_run()
+            return trainer.fit(on_epoch)
+        finally:
+            trainer.close()
+    except torch.OutOfMemoryError as error:
+        raise OneRankError(_out_of_memory(config, accelerator)) from error
+    except Stopped as stopped:
+        pass_on(stopped)
     finally:
         torch.autograd.set_detect_anomaly(False)
         torch.use_deterministic_algorithms(False)
@@ -90,7 +104,6 @@ class Trainer:
         self.accelerator = accelerator
         self.data = data
         self.run_dir = run_dir
-        self.progress = Progress()
         self.prototypes = _make_prototypes(config, data)
         device = accelerator.device
 
@@ -137,24 +150,78 @@ class Trainer:
             self.ddp, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
         self.debug = DebugMonitor(model) if config.debug else None
 
+        self.progress = Progress()
+        self.meter = Meter(accelerator)
+        self.agreement = Agreement(accelerator, timedelta(seconds=config.timeout))
+        self.heartbeat = Heartbeat(accelerator, config.timeout)
+        self.state = TrainingState(
+            accelerator,
+            self.agreement,
+            config.seed,
+            model,
+            self.ema,
+            self.optimizer,
+            self.scheduler,
+            self.meter,
+            self.progress,
+        )
+        self.bad_steps = BadSteps(
+            accelerator, self.agreement, self.optimizer, model, config.max_bad_steps, run_dir.path
+        )
+        self.signals = DeferredSignals()
+        self.schedule = CheckpointSchedule(config.checkpoint_interval)
+        self.writer = CheckpointWriter(run_dir, config.keep_checkpoints, _warn)
+        self.metrics: MetricsFile | None = None
+        self.tracker: SafeTracker | None = None
+        self.lock: RunLock | None = None
+
     # Run directory -----------------------------------------------------------------------------------
 
     def open_run(self) -> None:
         """Create the run directory, or take up the newest intact checkpoint of an existing one."""
-        path, resumed = self.run_dir.path, self.run_dir.resumed
-        if resumed:
-            self._resume()
-        self.metrics: MetricsFile | None = None
-        self.tracker: SafeTracker | None = None
-        if self.accelerator.is_main_process:
-            self.run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomic(path / "config.yaml", self._resolved_config().to_yaml().encode())
-            save_prototypes(path / "prototypes.safetensors", self.prototypes)
-            last_step = self.progress.step if resumed else None
-            self.metrics = MetricsFile(path / "metrics.jsonl", last_step)
-            self.tracker = SafeTracker(self._resolved_config(), path, last_step)
-            print(self._headline(), flush=True)
-        self.accelerator.wait_for_everyone()
+        decided_by_main(self.accelerator, self._claim)
+        metrics = self._resume() if self.run_dir.resumed else []
+        decided_by_main(self.accelerator, lambda: self._begin_files(metrics))
+
+    def _claim(self) -> None:
+        self.lock = self.run_dir.claim()
+
+    def _resume(self) -> list[str]:
+        """Take up the newest checkpoint that is intact, if any; returns the lines of metrics that were logged then."""
+        config, data = self._resolved_config(), self._data_facts()
+        chosen = decided_by_main(self.accelerator, lambda: self.run_dir.newest_intact_checkpoint(config, data))
+        if chosen is None:
+            return []
+        state = load_checkpoint(chosen)
+        self.state.put_back(state, f"checkpoint {chosen}")
+        metrics: list[str] = state["metrics"]
+        return metrics
+
+    def _begin_files(self, metrics: list[str]) -> None:
+        path, config = self.run_dir.path, self._resolved_config()
+        try:
+            self._write_identity()
+            self.metrics = MetricsFile(path / "metrics.jsonl", metrics)
+        except OSError as error:
+            raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
+        self.tracker = SafeTracker(config, path, self.progress.step if self.run_dir.resumed else None)
+        print(self._headline(), flush=True)
+
+    def close(self) -> None:
+        """End what runs beside the training, and let others into the run directory."""
+        self.heartbeat.close()
+        self.writer.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.tracker is not None:
+            self.tracker.close()
+        if self.lock is not None:
+            self.lock.release()
+
+    def _write_identity(self) -> None:
+        """What is needed beside weights to use them."""
+        self.run_dir.write_config(self._resolved_config())
+        save_prototypes(self.run_dir.path / "prototypes.safetensors", self.prototypes)
 
     def _headline(self) -> str:
         config, data = self.config, self.data
@@ -180,44 +247,42 @@ class Trainer:
 
     def fit(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Train to the last epoch, evaluate, and write what a finished run leaves; `on_epoch` as for `train`."""
-        try:
-            with self._progress_bar() as bar:
+        with self.heartbeat:
+            with self.signals, self._progress_bar() as bar:
                 while self.progress.epoch < self.config.epochs:
                     self.train_epoch(bar)
                     figures = self.validate_epoch()
-                    self.save_checkpoint()
-                    if on_epoch is not None and self.accelerator.is_main_process:
-                        on_epoch(figures)
+                    self.end_epoch(figures, on_epoch)
             summary = self.finish()
-        finally:
-            if self.tracker is not None:
-                self.tracker.close()
         if self.debug is not None:
             summary["debug_passed"] = self.debug.verdict()
         return summary
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
-        """One pass over the training set, in whole global batches; the order differs in every epoch."""
-        # Dropout and the like: by (seed, epoch, rank), so a resumed run draws what it would have drawn.
-        _seed_all(self.config.seed, self.progress.epoch, self.accelerator.process_index)
+        """One pass over the training set, or what is left of it, in whole global batches."""
+        self.state.seed_epoch()
         self.ddp.train()
-        meter = Meter(self.accelerator)
-        pieces = self.steps_per_epoch * self.config.accumulate
-        for piece, batch in zip(range(1, pieces + 1), self.loader.epoch(self.progress.epoch), strict=False):
-            meter.add(self.train_step(batch), batch)
+        self.meter.start()
+        for piece, batch in self._pieces():
+            self.meter.add(self.train_step(batch), batch)
             bar.update(batch.batch_size)
-            if piece % self.config.accumulate:
-                continue
-            self.progress.step += 1
-            if self.progress.step % self.config.log_every == 0 or piece == pieces:
-                self.log_train(meter, bar)
+            if piece % self.config.accumulate == 0:
+                self.end_step(bar)
         self.progress.epoch += 1
+        self.progress.epoch_step = 0
         average_buffers(self.model, self.accelerator)
         if self.ema is not None:
             average_buffers(self.ema.module, self.accelerator)
 
+    def _pieces(self) -> Iterator[tuple[int, Batch]]:
+        """The pieces of global batches that are left of the epoch, numbered from 1; the order differs by epoch."""
+        done = self.progress.epoch_step * self.config.accumulate
+        numbers = range(done + 1, self.steps_per_epoch * self.config.accumulate + 1)
+        return zip(numbers, self.loader.epoch(self.progress.epoch, done), strict=False)
+
     def train_step(self, batch: Batch) -> tuple[LossParts, Tensor]:
         """Forward, loss, backward and, at the end of a global batch, the optimizer's step."""
+        self.bad_steps.before_forward(batch)
         images = self.data.normalize(batch.images)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -234,8 +299,8 @@ class Trainer:
             self.accelerator.backward(parts.total)
             if self.debug is not None:
                 self.debug.after_backward(images, output, parts)
-            if self.accelerator.sync_gradients and self.config.clip_norm is not None:
-                self.accelerator.clip_grad_norm_(self.ddp.parameters(), self.config.clip_norm)
+            if self.accelerator.sync_gradients:
+                self.bad_steps.before_step(self._clip_gradient())
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -244,16 +309,62 @@ class Trainer:
         right = (output.logits.detach().argmax(1) == batch.targets).sum()
         return LossParts(*(part.detach() for part in parts)), right
 
-    def log_train(self, meter: Meter, bar: "tqdm[Any]") -> None:
+    def _clip_gradient(self) -> Tensor:
+        """Clip the gradient where that is asked for; returns its norm before, on the device."""
+        if self.config.clip_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.ddp.parameters(), self.config.clip_norm)
+        gradients = [parameter.grad for parameter in self.ddp.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def end_step(self, bar: "tqdm[Any]") -> None:
+        """Count the step; log, save and stop where that is due."""
+        progress = self.progress
+        progress.step += 1
+        progress.epoch_step += 1
+        self.heartbeat.step = progress.step
+        last = progress.epoch_step == self.steps_per_epoch
+        if progress.step % self.config.log_every == 0 or last:
+            self.log_train(bar)
+        due = self.schedule.after_step(progress) and not last  # the end of the epoch is saved after its validation
+        now = last or (due and not self.schedule.by_clock)
+        signal, due = self.agreement.after_step(self.signals.received, due, now=now)
+        if signal or due:
+            self.save_checkpoint()
+        if signal:
+            self.stop(signal)
+
+    def end_epoch(self, figures: dict[str, Any], on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        """Save where that is due, tell `on_epoch`, and stop if asked to."""
+        progress = self.progress
+        due = self.schedule.after_epoch(progress) or progress.epoch in (progress.best_epoch, self.config.epochs)
+        signal, due = self.agreement.after_step(self.signals.received, due, now=True)
+        if signal or due:
+            self.save_checkpoint()
+        if on_epoch is not None and self.accelerator.is_main_process:
+            self.writer.wait()
+            on_epoch(figures)
+        if signal:
+            self.stop(signal)
+
+    def stop(self, signal: int) -> NoReturn:
+        """Leave once the checkpoint is on disk. No rank goes before: its launcher would end the others."""
+        if not self.writer.insist(STOP_SECONDS):
+            _warn(f"step {self.progress.step} is lost, as its checkpoint could not be written")
+        self.accelerator.wait_for_everyone()
+        raise Stopped(signal)
+
+    def log_train(self, bar: "tqdm[Any]") -> None:
         """One line of metrics, averaged since the last; the only place of the loop that waits for the device."""
-        figures = meter.read()
+        self.bad_steps.check(self.progress)
+        figures = self.meter.read()
         self.progress.images += figures.pop("images")
         self.progress.seconds += figures.pop("seconds")
         if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
                 f"the loss is not finite around step {self.progress.step}: lower --lr or --weight, or set --clip-norm"
             )
-        self._log({"split": "train", "lr": self.scheduler.get_last_lr()[0], **figures})
+        skipped = self.progress.skipped_steps
+        self._log({"split": "train", "lr": self.scheduler.get_last_lr()[0], **figures, "skipped_steps": skipped})
         bar.set_description(f"epoch {self.progress.epoch + 1}/{self.config.epochs}")
         shown = {"loss": "loss", "ce": "loss_class", "cam": "loss_cam"}
         bar.set_postfix({label: f"{figures[name]:.4f}" for label, name in shown.items()})
@@ -293,12 +404,10 @@ class Trainer:
         masks = default_masks(self.config.dataset, self.data.test)
         test = self.evaluate("test", map_measures(len(self.data.test), self.data.num_classes, masks))
         model = self._weights_that_count()
-        best = test
+        best: Evaluation | None = test
         if self.progress.best_epoch != self.progress.epoch:
             last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-            state = load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
-            model.load_state_dict(state["ema" if self.ema is not None else "model"])
-            best = self.evaluate("test")
+            best = self._evaluate_best(model)
             model.load_state_dict(last)
         config, progress, figures = self.config, self.progress, test.figures()
         summary = {
@@ -313,7 +422,7 @@ class Trainer:
             "params": self.parameters,
             "gflops": self.gflops,
             "test_accuracy": figures.pop("accuracy"),
-            "best_test_accuracy": best.accuracy,
+            "best_test_accuracy": None if best is None else best.accuracy,
             "best_epoch": progress.best_epoch,
             "best_valid_accuracy": progress.best_accuracy,
             "validated_on": "test" if self.data.valid is self.data.test else "held-out training images",
@@ -325,12 +434,38 @@ class Trainer:
             "torch": torch.__version__,
         }
         if self.accelerator.is_main_process:
-            self._write_results(model, test, summary)
+            assert self.tracker is not None
+            seconds = min(FINISH_SECONDS, config.timeout / 2)
+            keep_trying(
+                lambda: self._write_results(model, test, summary), f"the results in {self.run_dir.path}", seconds, _warn
+            )
+            self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, progress.step)
+            self.tracker.finish(summary, self.run_dir.path)
         self.accelerator.wait_for_everyone()
         return summary
 
+    def _evaluate_best(self, model: CAMModel) -> Evaluation | None:
+        """Load the weights of the best epoch and evaluate them; None where its checkpoint is lost, which is said."""
+
+        def load() -> dict[str, Any] | None:
+            self.writer.wait()
+            try:
+                return load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
+            except InputError as error:
+                _warn(f"{error}: the test accuracy of the best epoch is not known")
+                return None
+
+        state = load() if self.accelerator.is_main_process else None
+        if not decided_by_main(self.accelerator, lambda: state is not None):
+            return None
+        state = state or load_checkpoint(self.run_dir.checkpoint(self.progress.best_epoch))
+        model.load_state_dict(state["ema" if self.ema is not None else "model"])
+        return self.evaluate("test")
+
     def _write_results(self, model: CAMModel, test: Evaluation, summary: dict[str, Any]) -> None:
         path, data, config = self.run_dir.path, self.data, self.config
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_identity()
         save_model(path / "model.safetensors", model, self._metadata())
         save_evaluation(
             path,
@@ -348,11 +483,8 @@ class Trainer:
         )
         write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
         assert self.metrics is not None
-        assert self.tracker is not None
-        self.metrics.close()
+        self.metrics.complete()
         write_report([path], path / "report.html")
-        self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, self.progress.step)
-        self.tracker.finish(summary, path)
 
     def _metadata(self) -> dict[str, Any]:
         """What is needed beside config.yaml to build the model again, and to feed it."""
@@ -369,43 +501,32 @@ class Trainer:
     # Checkpoints -------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Save everything that the next epoch depends on; keep the newest few and the best."""
-        if self.accelerator.is_main_process:
-            state = {
-                "config": self._resolved_config().model_dump(mode="json"),
-                "metadata": self._metadata(),
-                "progress": asdict(self.progress),
-                "model": self.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "ema_updates": None if self.ema is None else self.ema.n_averaged,
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            }
-            self.run_dir.save_checkpoint(
-                self.progress.epoch,
-                state,
-                best_epoch=self.progress.best_epoch,
-                newest=self.config.keep_checkpoints,
+        """Save everything that the next step depends on; keep the newest few and the best."""
+        progress = self.progress
+        self.bad_steps.check(progress)
+        state = self.state.take()
+        if state is not None:
+            assert self.metrics is not None
+            within_epoch = progress.step if progress.epoch_step else None
+            self.writer.save(
+                self.run_dir.checkpoint(progress.epoch, within_epoch).name,
+                {
+                    "config": self._resolved_config().model_dump(mode="json"),
+                    "metadata": self._metadata(),
+                    "data": self._data_facts(),
+                    "metrics": self.metrics.lines,
+                    **state,
+                },
+                progress.best_epoch,
             )
-        self.accelerator.wait_for_everyone()
+        self.schedule.saved()
+        self.meter.start()
 
-    def _resume(self) -> None:
-        """Take up the newest checkpoint that is intact; the main process chooses, all follow."""
-        config = self._resolved_config()
-        chosen = decided_by_main(self.accelerator, lambda: self.run_dir.newest_intact_checkpoint(config))
-        if chosen is None:
-            return
-        state = load_checkpoint(chosen)
-        self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.copy_(state["ema_updates"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+    def _data_facts(self) -> dict[str, Any]:
+        """What must be the same of the data for a run to go on."""
+        data = self.data
+        counts = {f"{name} images": len(getattr(data, split)) for split, name in _SPLITS.items()}
+        return {"classes": list(data.classes), **counts}
 
     # Small things ------------------------------------------------------------------------------------
 
@@ -440,7 +561,7 @@ class Trainer:
     def _progress_bar(self) -> "tqdm[Any]":
         return tqdm(
             total=self.steps_per_epoch * self.config.batch_size * self.config.epochs,
-            initial=self.progress.images,
+            initial=self.progress.step * self.config.batch_size,
             unit=" images",
             unit_scale=True,
             # None: quiet where there is no terminal.
@@ -449,8 +570,17 @@ class Trainer:
         )
 
 
-def _seed_all(*parts: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+def _out_of_memory(config: RunConfig, accelerator: "Accelerator") -> str:
+    pieces = 2 * config.accumulate
+    return (
+        f"out of memory on {accelerator.device} with --batch-size {config.batch_size} in {config.accumulate} pieces on "
+        f"{accelerator.num_processes} processes: lower --batch-size, cut it with --accumulate {pieces}, use more "
+        "processes, or try --precision bf16 or a smaller --image-size"
+    )
+
+
+def _warn(line: str) -> None:
+    tqdm.write(f"batchcam: {line}", file=sys.stderr)
 
 
 def _load_data(config: RunConfig, accelerator: "Accelerator") -> Data:

@@ -1,11 +1,22 @@
 """Checkpoints: exact round trips, and nothing damaged is ever taken for whole."""
 
+import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from distributed_batchcam.checkpoint import STATE, TENSORS, load_checkpoint, load_run, save_checkpoint, write_atomic
+from distributed_batchcam.checkpoint import (
+    STATE,
+    SUMS,
+    TENSORS,
+    load_checkpoint,
+    load_run,
+    pack,
+    write_atomic,
+    write_checkpoint,
+)
 from distributed_batchcam.errors import InputError
 
 
@@ -45,29 +56,30 @@ def assert_same(a: object, b: object) -> None:
 
 def test_optimizer_and_scheduler_states_come_back_exactly(tmp_path: Path) -> None:
     state = trained_state()
-    assert_same(state, load_checkpoint(save_checkpoint(tmp_path, "epoch_1", state)))
+    assert_same(state, load_checkpoint(write_checkpoint(tmp_path, "epoch_1", pack(state))))
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_1"]
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, "epoch_1", trained_state())
-    assert sorted(file.name for file in path.iterdir()) == [STATE, TENSORS]
+    path = write_checkpoint(tmp_path, "epoch_1", pack(trained_state()))
+    assert sorted(file.name for file in path.iterdir()) == sorted([STATE, SUMS, TENSORS])
     assert all(b"torch._utils" not in file.read_bytes() for file in path.iterdir())
 
 
+@pytest.mark.parametrize("name", [STATE, SUMS, TENSORS])
 @pytest.mark.parametrize("position", [0, 7, 8, 100, -1])
-def test_a_flipped_byte_is_noticed(tmp_path: Path, position: int) -> None:
-    path = save_checkpoint(tmp_path, "epoch_1", trained_state())
-    content = bytearray((path / TENSORS).read_bytes())
+def test_a_flipped_bit_in_any_file_is_noticed(tmp_path: Path, position: int, name: str) -> None:
+    path = write_checkpoint(tmp_path, "epoch_1", pack(trained_state()))
+    content = bytearray((path / name).read_bytes())
     content[position] ^= 1
-    (path / TENSORS).write_bytes(content)
+    (path / name).write_bytes(content)
     with pytest.raises(InputError, match=r"epoch_1.*damaged"):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", [STATE, TENSORS])
+@pytest.mark.parametrize("name", [STATE, SUMS, TENSORS])
 def test_a_cut_off_or_missing_file_is_noticed(tmp_path: Path, name: str) -> None:
-    path = save_checkpoint(tmp_path, "epoch_1", trained_state())
+    path = write_checkpoint(tmp_path, "epoch_1", pack(trained_state()))
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="epoch_1"):
@@ -79,7 +91,48 @@ def test_a_cut_off_or_missing_file_is_noticed(tmp_path: Path, name: str) -> None
 
 def test_what_cannot_be_saved_as_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="/model/hook"):
-        save_checkpoint(tmp_path, "epoch_1", {"model": {"hook": print}})
+        pack({"model": {"hook": print}})
+
+
+def test_sha256sum_checks_a_checkpoint_by_hand(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "epoch_1", pack(trained_state()))
+    checked = subprocess.run(["sha256sum", "-c", SUMS], cwd=path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_a_packed_state_is_a_copy(tmp_path: Path) -> None:
+    weight = torch.zeros(3)
+    packed = pack({"weight": weight})
+    weight += 1
+    assert load_checkpoint(write_checkpoint(tmp_path, "epoch_1", packed))["weight"].tolist() == [0, 0, 0]
+
+
+def test_a_twin_in_the_way_is_replaced_and_kept_if_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, "epoch_1", pack({"value": 1}))
+    path = write_checkpoint(tmp_path, "epoch_1", pack({"value": 2}))
+    assert load_checkpoint(path) == {"value": 2}
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path, "epoch_1", pack({"value": 3}))
+    assert load_checkpoint(path) == {"value": 2}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["epoch_1"]
+
+
+def test_a_checkpoint_of_endless_brackets_is_one_line(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "epoch_1", pack({"value": 1}))
+    content = b"[" * 100_000
+    (path / STATE).write_bytes(content)
+    sums = (path / SUMS).read_text().splitlines()
+    (path / SUMS).write_text(f"{sums[0]}\n{hashlib.sha256(content).hexdigest()}  {STATE}\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_checkpoint(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

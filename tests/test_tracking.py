@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -34,13 +35,36 @@ def test_each_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
 
 
-def test_a_resumed_run_drops_the_steps_that_it_does_again(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_lines_of_its_checkpoint_and_drops_what_it_does_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    metrics = MetricsFile(path, last_step=2)
+    metrics = MetricsFile(path, ['{"step": 1}', '{"step": 2}'])
     metrics.log({"step": 3, "again": True})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_lines_that_could_not_be_written_follow_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run/metrics.jsonl"
+    path.parent.mkdir()
+    metrics = MetricsFile(path)
+    metrics.log({"step": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    shutil.rmtree(path.parent)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("os.fsync", full)
+        metrics.log({"step": 2})
+        metrics.log({"step": 3})
+    assert len(caplog.records) == 1
+    assert "No space left on device" in caplog.text
+    metrics.log({"step": 4})
+    metrics.log({"step": 5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
 def test_a_failing_tracker_is_one_warning(

@@ -26,6 +26,7 @@ _QUALITIES = ("class_cam_ssim", "relevance_mass", "insertion_auc", "patch_mass")
 # Options that differ between runs without changing what is computed, or that have a column of their own.
 _NO_COLUMN = {
     *("data_root", "cache_images", "workers", "device", "log_every", "keep_checkpoints", "tracker", "group", "tags"),
+    *("checkpoint_every", "timeout", "max_bad_steps"),
     "debug",
     *("model", "dataset", "objective", "weight", "image_size", "seed", "epochs"),
 }

@@ -1,0 +1,164 @@
+"""kill -9 at random moments, and at every moment inside a write."""
+
+import os
+import random
+import signal
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .runs import Child, Figures, difference, finish, fresh, start_pair, traceback_in
+
+CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+"""Of `os`: all that changes which files there are, and what makes them last."""
+
+
+_seconds: dict[Path, float] = {}
+
+
+def undisturbed(folder: Path, size: int = 1) -> tuple[Path, float]:
+    """A finished run to compare with, and the seconds it takes."""
+    out = folder / f"undisturbed-{size}"
+    if out not in _seconds:
+        finish(fresh(out), size=size)  # the first one is slower
+        failure, _seconds[out] = finish(fresh(out), size=size)
+        assert failure is None, failure
+    return out, _seconds[out]
+
+
+def at_random_moments(folder: Path, moments: int, seed: int) -> Figures:
+    """One process, killed once, anywhere between its start and its end."""
+    figures, dice = Figures("kill -9 at a random moment, one process"), random.Random(seed)
+    whole, seconds = undisturbed(folder)
+    for _ in range(moments):
+        out, moment = fresh(folder / "killed"), dice.uniform(0, seconds)
+        child = Child(out)
+        child.wait_until(moment)
+        child.send(signal.SIGKILL)
+        child.wait()
+        failure, took = finish(out)
+        figures.took("to resume and end", took)
+        figures.count(_at(f"{moment:.2f} s", failure or difference(out, whole)))
+    figures.note = f"seed {seed}; a run takes {seconds:.1f} s"
+    return figures
+
+
+def one_of_two(folder: Path, moments: int, seed: int) -> Figures:
+    """Two gloo processes, one of them killed; the other must end by itself and say who is gone."""
+    figures, dice = Figures("kill -9 of one of two gloo processes"), random.Random(seed)
+    whole, seconds = undisturbed(folder, size=2)
+    named = 0
+    for _ in range(moments):
+        out, moment, victim = fresh(folder / "killed"), dice.uniform(0, seconds), dice.randrange(2)
+        children = start_pair(out)
+        children[victim].wait_until(moment)
+        children[victim].send(signal.SIGKILL)
+        since = time.monotonic()
+        other = children[1 - victim]
+        status = other.wait(60)
+        if children[victim].wait() == -signal.SIGKILL and status != 0:
+            figures.took("to detect", time.monotonic() - since)
+            named += f"rank {victim}" in other.said()
+        failure = "the other process hangs" if status is None else None
+        if failure is None:
+            failure, took = finish(out, size=2)
+            figures.took("to resume and end", took)
+        figures.count(_at(f"{moment:.2f} s, rank {victim}", failure or difference(out, whole)))
+    hits = len(figures.seconds.get("to detect", []))
+    figures.note = f"seed {seed}; the lost rank was named {named} of {hits} times that one was lost before the end"
+    return figures
+
+
+def inside_writes(folder: Path, most: int | None = None) -> Figures:
+    """Killed just before each call that changes files; of a file about to be synced, half is thrown away."""
+    figures = Figures("kill -9 at each call inside a write, the file half written")
+    whole, _ = undisturbed(folder)
+    for number in _spread(count_calls(folder), most):
+        out = fresh(folder / "torn")
+        status = Child(out, hook=partial(_count_to, number, _tear_and_die)).wait()
+        failure = None if status == -signal.SIGKILL else f"was not killed: {status}"
+        if failure is None:
+            failure, took = finish(out)
+            figures.took("to resume and end", took)
+        figures.count(_at(f"call {number}", failure or difference(out, whole)))
+    return figures
+
+
+def full_disk(folder: Path, most: int | None = None) -> Figures:
+    """Each call that changes files fails once with "no space left"; the run goes on, or ends in one line."""
+    figures = Figures("no space left at each call of a write, once")
+    whole, _ = undisturbed(folder)
+    refused = 0
+    for number in _spread(count_calls(folder), most):
+        out = fresh(folder / "full")
+        child = Child(out, hook=partial(_count_to, number, _no_space))
+        status, said = child.wait(), child.said()
+        failure = traceback_in(said)
+        if status == 2 and "No space left on device" in said:  # at the start: nothing was lost
+            refused += 1
+            failure, _ = finish(out)
+        elif status != 0:
+            failure = failure or f"ended with {status}: {said[-500:]}"
+        figures.count(_at(f"call {number}", failure or difference(out, whole)))
+    figures.note = f"{refused} of them before training began, which is one line and status 2"
+    return figures
+
+
+def _spread(count: int, most: int | None) -> list[int]:
+    """1 … count, or so many of them, evenly."""
+    most = count if most is None else min(most, count)
+    return [count * (2 * number + 1) // (2 * most) + 1 for number in range(most)]
+
+
+def count_calls(folder: Path) -> int:
+    """Calls of `CALLS` in an undisturbed run."""
+    out, note = fresh(folder / "counted"), folder / "calls"
+
+    def hook() -> None:
+        count = _count_to(0, _tear_and_die)
+        finish_of = os._exit
+
+        def leave(status: int) -> None:
+            note.write_text(str(count()))
+            finish_of(status)
+
+        os._exit = leave  # type: ignore[assignment]
+
+    assert Child(out, hook=hook).wait() == 0
+    return int(note.read_text())
+
+
+def _count_to(number: int, act: Callable[[Any], None]) -> Callable[[], int]:
+    """In a child: do `act` before the call of that number; returns what tells how many there have been."""
+    calls = [0]
+
+    def counted(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            act(arguments[0])
+        return original(*arguments, **options)
+
+    for name in CALLS:
+        setattr(os, name, partial(counted, getattr(os, name)))
+    return lambda: calls[0]
+
+
+def _tear_and_die(target: Any) -> None:
+    if isinstance(target, int):
+        with suppress(OSError):
+            found = os.fstat(target)
+            if stat.S_ISREG(found.st_mode):
+                os.ftruncate(target, found.st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _no_space(target: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _at(where: str, failure: str | None) -> str | None:
+    return None if failure is None else f"{where}: {failure}"
