@@ -1,7 +1,7 @@
 """What a sweep adds to its runs, and what ASHA saves.
 
-Overhead: the wall time of `batchcam sweep` over short trials, one at a time, less that of the same runs by `train()` one
-after another in a process that has done one before, per trial. Ray's start and the first worker's imports are in it.
+Overhead: the wall time of `batchcam sweep` over short trials, one at a time, less that of the same runs by `train()`
+one after another in a process that has done one before, per trial. Ray's start and the first worker's imports count.
 
 ASHA: the `lambda` space on digits, every trial to its end, and again with `--scheduler asha`: which share of the epochs
 it takes, and how far its best validation accuracy stays behind that of the whole grid.
@@ -40,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    bars, further = [], {}
+    bars: list[Bar] = []
+    further: dict[str, Any] = {}
     if options.only != "asha":
         found = overhead(options.trials)
         further["overhead"] = found
         value = found["seconds_per_trial"] if options.trials == TRIALS else None
-        bars.append(Bar(f"seconds that a sweep of {TRIALS} trials adds to each,", "at most", OVERHEAD_SECONDS, value))
+        bars.append(Bar(f"a sweep of {TRIALS} trials adds to each", "at most", OVERHEAD_SECONDS, value, " s"))
     if options.only != "overhead":
         grids = [asha(seed, options.epochs, options.weights) for seed in range(options.rounds)]
         further["asha"] = grids
@@ -57,10 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         )
         behind = max(grid["best"] - grid["asha_best"] for grid in grids)
-        bars.append(
-            Bar("points of validation accuracy that ASHA's best is behind,", "at most", 0.0, behind if whole else None)
-        )
-    report("sweeps", options, torch.device("cpu"), [], bars, further)
+        bars.append(Bar("ASHA's best is behind the grid's by", "at most", 0.0, behind if whole else None, " points"))
+    report("sweeps", options, torch.device("cpu"), [], bars, packages=["ray"], further=further)
 
 
 def overhead(trials: int) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def sweep(options: argparse.Namespace) -> int:
         return _resumed(options).run()
     if options.space is None:
         raise InputError("name what to try with --space, or --resume a sweep with its --storage")
-    space = read_space(options.space).with_fixed(_assignments(options.set))
+    space = read_space(options.space).with_fixed(parse_assignments(options.set))
     paths: Options = {
         name: _absolute(str(space.fixed[name])) for name in _PATHS if isinstance(space.fixed.get(name), str)
     }
@@ -312,7 +312,7 @@ def _resumed(options: argparse.Namespace) -> Sweep:
         raise InputError(f"--storage {storage} holds no sweep to resume")
     if options.space is not None or options.set:
         space = read_space(options.space) if options.space else record.space
-        if space.with_fixed(_assignments(options.set)) != record.space:
+        if space.with_fixed(parse_assignments(options.set)) != record.space:
             raise InputError(f"the sweep in {storage} is of another space: leave --space and --set out, or start anew")
     for name, value in record.plan.items():
         if getattr(options, name) not in (None, value):
@@ -377,7 +377,12 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _assignments(texts: Sequence[str]) -> Options:
+def parse_assignments(texts: Sequence[str]) -> Options:
+    """OPTION=VALUE texts as options.
+
+    Raises:
+        InputError: a text of another form.
+    """
     found: Options = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -1,7 +1,10 @@
 """Sweeps on a Ray in this process: what they leave, and what they survive."""
 
+import argparse
 import json
 import os
+import re
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 
 pytest.importorskip("ray", reason="sweeps need Ray: pip install 'distributed-batchcam[tune]'")
 
+from launching import ROOT
 from sweeping import (
     SHORT,
     assert_same_run,
@@ -27,6 +31,7 @@ from distributed_batchcam.cli import run
 from distributed_batchcam.config import make_config
 from distributed_batchcam.trainer import train
 from tune.space import read_space
+from tune.sweep import add_arguments, parse_assignments
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -299,6 +304,26 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert sweep("--space", "smoke", "--storage", str(tmp_path)) == 2
     assert "is not empty and holds no sweep" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def documented_sweeps() -> list[str]:
+    """The arguments of every sweep in README, cluster/README.md and the Kubernetes manifest."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "cluster/README.md", "cluster/kubernetes/sweep.yaml")]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    sweep_line = re.compile(r"(?:entrypoint: |ray submit .*)?(?:batchcam sweep|tune/sweep\.py --) (--.*?)(?: +#.*)?")
+    found = [sweep_line.fullmatch(line.strip()) for line in lines]
+    return [match[1] for match in found if match]
+
+
+def test_every_documented_sweep_is_understood() -> None:
+    assert len(documented_sweeps()) > 5
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    for line in documented_sweeps():
+        options, rest = parser.parse_known_args(shlex.split(line))
+        assert rest == [], line
+        if options.space and not options.space.endswith(".yaml"):
+            read_space(options.space).with_fixed(parse_assignments(options.set))
 
 
 def test_a_dry_run_prints_the_trials_and_starts_nothing(
