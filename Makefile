@@ -29,7 +29,8 @@ demo: $(VENV)/.installed ## train on the embedded digits, evaluate, explain, and
 	echo "The run is in $$run: open $$run/report.html, and see $$run/explanations-1/sheet-1.png"
 
 test: $(VENV)/.installed ## run the tests (BATCHCAM_DATA=DIR adds those on real MNIST)
-	$(BIN)/python -m pytest
+	@# Files side by side on two cores; the tests of one file share what they set up.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: lint format types imports packages ## lint, format, types, the import rule, packages that fit together
 
@@ -61,6 +62,7 @@ bench: $(VENV)/.installed ## measure what the README claims, on this machine's C
 	$(BIN)/python -m benchmarks.collective_traffic
 	$(BIN)/python -m benchmarks.memory --device cpu --batch-size 32
 	$(BIN)/python -m benchmarks.time_to_accuracy --device cpu --datasets $(BENCH_DATA)
+	$(BIN)/python -m benchmarks.sweeps
 
 bench-gpu: $(VENV)/.installed ## the same on a GPU; without one, a smoke run of each on the CPU
 	$(BIN)/python -m benchmarks.gpu

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=positive, default=TRIALS, help="short trials to time (%(default)s)")
     parser.add_argument("--epochs", type=positive, default=9, help="of each trial of the grid (%(default)s)")
     parser.add_argument("--weights", type=positive, default=9, help="how many λ of the grid to take (%(default)s)")
+    parser.add_argument("--objectives", nargs="+", help="of the grid (all)")
     parser.add_argument("--only", choices=["overhead", "asha"], help="one of the two")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -48,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         value = found["seconds_per_trial"] if options.trials == TRIALS else None
         bars.append(Bar(f"a sweep of {TRIALS} trials adds to each", "at most", OVERHEAD_SECONDS, value, " s"))
     if options.only != "overhead":
-        grids = [asha(seed, options.epochs, options.weights) for seed in range(options.rounds)]
+        grids = [asha(seed, options.epochs, options.weights, options.objectives) for seed in range(options.rounds)]
         further["asha"] = grids
-        whole = options.epochs == 9 and options.weights == 9
+        whole = options.epochs == 9 and options.weights == 9 and options.objectives is None
         share = max(grid["epochs_share"] for grid in grids)
         bars.append(
             Bar(
@@ -87,13 +88,13 @@ def overhead(trials: int) -> dict[str, Any]:
     }
 
 
-def asha(seed: int, epochs: int, weights: int) -> dict[str, Any]:
+def asha(seed: int, epochs: int, weights: int, objectives: Sequence[str] | None) -> dict[str, Any]:
     """The `lambda` space to its end and with ASHA: epochs, and the best validation accuracy."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         space = Path(folder, "space.yaml")
         grid = read_space("lambda").grid
-        axes = {"objective": grid["objective"], "weight": grid["weight"][:weights]}
+        axes = {"objective": objectives or grid["objective"], "weight": grid["weight"][:weights]}
         space.write_text(json.dumps({"fixed": {**GRID, "epochs": epochs, "seed": seed}, "grid": axes}))
         for scheduler in ("none", "asha"):
             storage = Path(folder, scheduler)

@@ -12,6 +12,10 @@ class OneRankError(InputError):
     """Bad input that showed on one process alone, which is therefore the one to say it."""
 
 
+class InUseError(InputError):
+    """Another process has what was asked for, and may let go of it."""
+
+
 class RunFault(RuntimeError):
     """What a run could not go on after, such as a process that was lost, in one line; the command line exits with 1."""
 

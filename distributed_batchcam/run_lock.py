@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import InputError
+from .errors import InUseError
 
 NAME = "run.lock"
 _held: set[BinaryIO] = set()
@@ -29,7 +29,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            InputError: another process holds it; the message names it.
+            InUseError: another process holds it; the message names it.
             OSError: the file cannot be written.
         """
         self._path = folder / NAME
@@ -78,9 +78,9 @@ class RunLock:
         return found if isinstance(found, dict) else {}
 
 
-def _in_use(folder: Path, holder: dict[str, object]) -> InputError:
+def _in_use(folder: Path, holder: dict[str, object]) -> InUseError:
     who = " ".join(f"{word} {holder[key]}" for key, word in _WORDS.items() if key in holder)
-    return InputError(
+    return InUseError(
         f"--out {folder} is in use by another process ({who or 'unknown'}): let it end, or choose another folder"
     )
 

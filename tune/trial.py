@@ -3,19 +3,24 @@
 import json
 import os
 import socket
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distributed_batchcam.config import RunConfig
-from distributed_batchcam.errors import InputError
+from distributed_batchcam.errors import InputError, InUseError
 
 from .space import Options, Space, Trial
 from .storage import SWEEP, Storage, TrialFolder
 
 EPOCH, ACCURACY, FAILURE = "epoch", "valid_accuracy", "failure"
 """What a trial reports: epochs done, accuracy on the validation set in percent, and why it failed for good."""
+
+
+IN_USE_SECONDS = 150
+"""That a trial waits for an earlier attempt to let go of the run directory."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,16 @@ def _train(trial: Trial, folder: TrialFolder, storage: Storage, settings: Settin
         if figures["epoch"] < config.epochs:
             _report(figures)
 
-    train_on_all_ranks(config, on_epoch, storage, trial.name)
+    deadline = time.monotonic() + IN_USE_SECONDS
+    while True:
+        try:
+            train_on_all_ranks(config, on_epoch, storage, trial.name)
+            break
+        except InUseError:
+            # An earlier attempt, on a node that was lost: shared folders let go of its lock after a while.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
     folder.push()
     _free_gpu_memory()
 

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("ray", reason="sweeps need Ray: pip install 'distributed-batchcam[tune]'")
 
 from distributed_batchcam.config import RunConfig
+from distributed_batchcam.errors import InUseError
 from tune import ranks
 from tune.record import SweepRecord
 from tune.space import Space, Trial
@@ -94,6 +95,27 @@ def test_what_another_attempt_would_meet_again_is_reported_as_the_reason(
     monkeypatch.setattr(ranks, "train_on_all_ranks", train)
     run_trial({"axes": trial.axes}, settings)
     assert reports == [{"epoch": 0, "valid_accuracy": 0.0, "failure": " ".join(str(error).split())}]
+
+
+def test_a_run_that_an_earlier_attempt_still_holds_is_waited_for(
+    settings: Settings, trial: Trial, reports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, calls = run_dir(settings, trial), []
+
+    def train(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise InUseError("in use by another process")
+        write_epochs(path, 3, finished=True)
+
+    monkeypatch.setattr(ranks, "train_on_all_ranks", train)
+    run_trial({"axes": trial.axes}, settings)
+    assert [report["epoch"] for report in reports] == [3]
+    calls.clear()
+    (path / "summary.json").unlink()
+    monkeypatch.setattr("tune.trial.IN_USE_SECONDS", -1)
+    run_trial({"axes": trial.axes}, settings)
+    assert reports[-1]["failure"] == "in use by another process"
 
 
 def test_anything_else_is_raised_for_tune_to_try_again(
