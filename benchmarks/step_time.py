@@ -4,7 +4,7 @@ A step is forward, loss, backward, AdamW, zero_grad. The denominator is what one
 package: `F.cross_entropy(network(images), targets)` on the bare network, without its feature maps or α.
 `baseline`, this package's cross-entropy objective, is one of the variants. All share the same weights, and all
 have the same setting: precision, memory format, and either the network compiled as a whole (plain) and its
-backbone (the others), or neither.
+backbone and the arithmetic of the maps (the others), or nothing compiled.
 """
 
 import argparse
@@ -156,6 +156,8 @@ def training_steps(
         return F.cross_entropy(logits.float(), targets)
 
     def loss_of(objective: Objective) -> Callable[[], Tensor]:
+        if setting.compiled:
+            objective.compile_maps()
         return lambda: objective_loss(model, objective, images, targets, autocast)
 
     losses = {PLAIN: plain_loss, **{name: loss_of(Objective(name, prototypes)) for name in objectives}}

@@ -6,7 +6,6 @@ would always find the same caches and the same free memory, which shifts it by m
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -26,6 +25,7 @@ import torch
 
 import distributed_batchcam
 from distributed_batchcam.checkpoint import write_atomic
+from distributed_batchcam.malloc import keep_freed_memory
 
 Passed = bool | Literal["not measured"]
 
@@ -191,29 +191,15 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def steady(threads: int) -> Iterator[None]:
-    """Let torch use so many CPU threads, and the process keep the memory that it frees.
-
-    By default glibc hands large blocks back to the system and fetches them anew. How often depends on what ran
-    just before, and costs up to a fifth of a step on the CPU: more than the differences of interest.
-    """
+    """Let torch use so many CPU threads, and the process keep the memory that it frees (see `malloc`)."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    _set_malloc(mapped_blocks=0, trim_threshold=-1)
+    keep_freed_memory()
     try:
         yield
     finally:
         torch.set_num_threads(threads_before)
-        _set_malloc(mapped_blocks=65536, trim_threshold=128 * 1024)  # glibc's own
-
-
-def _set_malloc(*, mapped_blocks: int, trim_threshold: int) -> None:
-    """glibc's M_MMAP_MAX and M_TRIM_THRESHOLD; nothing happens with another C library."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-4, mapped_blocks)
-    mallopt(-1, trim_threshold)
+        keep_freed_memory(False)
 
 
 # Command line and report --------------------------------------------------------------------------

@@ -49,41 +49,43 @@ def grad_cam(
     Raises:
         ValueError: wrong shapes, classes out of range, or logits that do not depend on `features`.
     """
-    check_features(logits, features)
-    if classes is None:
-        classes = logits.detach().argmax(1)
-    else:
-        check_targets(classes, len(logits), logits.shape[1], values=validate)
-    weights = channel_weights(logits, features, classes, alpha=alpha, create_graph=create_graph)
-    maps = weighted_activations(weights, features if create_graph else features.detach()).relu()
-    return normalize_maps(maps) if normalize else maps
+    weights = channel_weights(logits, features, classes, alpha=alpha, create_graph=create_graph, validate=validate)
+    return maps_of_weights(weights, features if create_graph else features.detach(), normalize=normalize)
 
 
 def channel_weights(
     logits: Tensor,
     features: Tensor,
-    classes: Tensor,
+    classes: Tensor | None = None,
     *,
     alpha: Alpha | None = None,
     create_graph: bool = False,
+    validate: bool = True,
 ) -> Tensor:
     """α_ik = mean_{u,v} ∂L[i, c_i]/∂A_ikuv, the weight of each channel (Selvaraju et al. 2017, eq. 1).
 
     Args:
         logits: (N, C).
         features: (N, K, H, W).
-        classes: (N,) class c_i of each image.
+        classes: (N,) class c_i of each image; None takes the predicted class.
         alpha: gives the same α for these classes, from what the head knows of itself; where it is None,
             autograd finds α through the head. It is called with gradients enabled if `create_graph` is set,
             and must then be differentiable as autograd's α is.
         create_graph: keep α differentiable.
+        validate: check the values of `classes` too; on a GPU that waits for the device once.
 
     Returns:
         (N, K), float32 or better.
 
     Raises:
-        ValueError: the logits do not depend on `features`, or `alpha` gives another shape.
+        ValueError: wrong shapes, classes out of range, logits that do not depend on `features`, or an `alpha`
+            of another shape.
     """
+    check_features(logits, features)
+    if classes is None:
+        classes = logits.detach().argmax(1)
+    else:
+        check_targets(classes, len(logits), logits.shape[1], values=validate)
     classes = classes.long()
     with torch.set_grad_enabled(create_graph), torch.autocast(features.device.type, enabled=False):
         if alpha is None:
@@ -122,10 +124,20 @@ def gradient_of_logits(logits: Tensor, source: Tensor, classes: Tensor) -> Tenso
     return gradient
 
 
+def maps_of_weights(weights: Tensor, features: Tensor, *, normalize: bool = True) -> Tensor:
+    """ReLU(Σ_k α_ik A_ik) of α (N, K) and A (N, K, H, W): (N, H, W), min-max scaled if asked for."""
+    maps = weighted_activations(weights, features).relu()
+    return normalize_maps(maps) if normalize else maps
+
+
 def weighted_activations(weights: Tensor, features: Tensor) -> Tensor:
     """Σ_k w_ik A_ik: (N, K) and (N, K, H, W) to (N, H, W), float32 or better."""
     with torch.autocast(features.device.type, enabled=False):
-        maps: Tensor = _WeightedSum.apply(weights, features.to(weights.dtype).flatten(2))
+        features = features.to(weights.dtype)
+        if torch.compiler.is_compiling():
+            # Fused, in float32 and without the product in memory.
+            return (weights[:, :, None, None] * features).sum(1)
+        maps: Tensor = _WeightedSum.apply(weights, features.flatten(2))
         return maps.view(len(features), *features.shape[2:])
 
 

@@ -77,10 +77,28 @@ def class_cams(
     check_features(logits, features)
     check_targets(targets, len(logits), min(num_classes, logits.shape[1]), values=validate)
     check_reduction(reduction)
+    weights = channel_weights(logits, features, targets, alpha=alpha, create_graph=create_graph, validate=False)
+    return class_cams_of_weights(
+        weights,
+        features if create_graph else features.detach(),
+        targets,
+        num_classes,
+        reduction=reduction,
+        normalize=normalize,
+    )
+
+
+def class_cams_of_weights(
+    weights: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    *,
+    reduction: Reduction = "factored",
+    normalize: bool = True,
+) -> ClassCams:
+    """`class_cams` from each image's α (N, K) and A (N, K, H, W)."""
     targets = targets.long()
-    weights = channel_weights(logits, features, targets, alpha=alpha, create_graph=create_graph)
-    if not create_graph:
-        features = features.detach()
     if reduction == "sums":
         local = local_class_sums(weights, features, targets, num_classes)
         cams = cams_of_sums(ClassSums(*all_reduce_sums(local, Upstream.REPLICATED)))

@@ -69,6 +69,12 @@ def all_reduce_sums(tensors: Sequence[Tensor], upstream: Upstream) -> tuple[Tens
     """
     if world_size() == 1:
         return tuple(tensors)
+    return _all_reduce_sums(upstream, *tensors)
+
+
+# Where the arithmetic around it is compiled, this divides it in two: compiled code knows no such backward.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _all_reduce_sums(upstream: Upstream, *tensors: Tensor) -> tuple[Tensor, ...]:
     return _AllReduceSums.apply(upstream, *tensors)
 
 

@@ -132,8 +132,14 @@ def _largest_odd(size: int) -> int:
     return min(SSIM_WINDOW, size if size % 2 else size - 1)
 
 
-@lru_cache(maxsize=32)
+# Compiled code takes the tensor as it is: traced, it would be made on the CPU and copied in every step.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _gaussian(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _make_gaussian(window, dtype, device)
+
+
+@lru_cache(maxsize=32)
+def _make_gaussian(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
     weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
     return (weights / weights.sum()).to(device, dtype)

@@ -154,7 +154,7 @@ def evaluate(
     with frozen(explainer.model), _progress_bar(loader, progress) as bar:
         for batch in loader.epoch():
             output = explainer(batch.images)
-            weights = channel_weights(output.logits, output.features, batch.targets, alpha=output.alpha)
+            weights = channel_weights(output.logits, output.features, batch.targets, alpha=output.alpha, validate=False)
             features = output.features.detach()
             maps = resize_maps(normalize_maps(weighted_activations(weights, features).relu()), size)
             explained = ExplainedBatch(explainer, batch, output, maps, prototypes)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cam import Alpha, grad_cam
+from .cam import Alpha, channel_weights, maps_of_weights
 from .checks import check_features, check_prototypes, check_targets
-from .class_sums import Reduction, check_reduction, class_cams
+from .class_sums import Reduction, check_reduction, class_cams_of_weights
 from .collectives import global_mean
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
 from .errors import InputError, unknown_name
@@ -25,7 +25,17 @@ Resize = Literal["cam", "prototypes"]
 Exponents = tuple[float, float, float]
 
 
-class _PrototypeDistance(nn.Module):
+class _LossOfMaps(nn.Module):
+    """A loss in two parts: α, which may differentiate the head, and `of_weights`, what follows from α (N, K)."""
+
+    of_weights: Callable[..., Tensor]
+
+    def compile_maps(self) -> None:
+        """Compile what follows from α, all of it differentiated once; the head, differentiated twice, cannot be."""
+        self.of_weights = torch.compile(self.of_weights)
+
+
+class _PrototypeDistance(_LossOfMaps):
     """Common part of PL and BCPL: the prototypes, and the distance of maps to them."""
 
     prototypes: Tensor
@@ -108,7 +118,7 @@ class PrototypeLoss(_PrototypeDistance):
         """Images are not used; `batch_size` is the size of the global batch, where the caller knows it."""
         self._check_classes(logits)
         check_targets(targets, len(logits), len(self.prototypes), values=self.validate)
-        maps = grad_cam(
+        weights = channel_weights(
             logits,
             features,
             targets if self.cam_class == "target" else None,
@@ -116,7 +126,11 @@ class PrototypeLoss(_PrototypeDistance):
             alpha=alpha,
             validate=False,
         )
-        return global_mean(self._distances(maps, self.prototypes[targets.long()]), batch_size)
+        return global_mean(self.of_weights(weights, features, targets), batch_size)
+
+    def of_weights(self, weights: Tensor, features: Tensor, targets: Tensor) -> Tensor:
+        """Distances (N,) from α (N, K), A (N, K, H, W) and targets (N,)."""
+        return self._distances(maps_of_weights(weights, features), self.prototypes[targets.long()])
 
 
 class BatchCAMLoss(_PrototypeDistance):
@@ -161,21 +175,24 @@ class BatchCAMLoss(_PrototypeDistance):
     ) -> Tensor:
         """Neither `images` nor `batch_size` is used: the counts of the classes say it all."""
         self._check_classes(logits)
-        cams = class_cams(
+        weights = channel_weights(
             logits,
             features,
             targets,
-            len(self.prototypes),
-            reduction=self.reduction,
             create_graph=torch.is_grad_enabled(),
             alpha=alpha,
             validate=self.validate,
         )
+        return self.of_weights(weights, features, targets)
+
+    def of_weights(self, weights: Tensor, features: Tensor, targets: Tensor) -> Tensor:
+        """The loss from α (N, K), A (N, K, H, W) and targets (N,)."""
+        cams = class_cams_of_weights(weights, features, targets, len(self.prototypes), reduction=self.reduction)
         distances = self._distances(cams.maps, self.prototypes)
         return torch.dot(distances, (cams.counts > 0).to(distances.dtype))
 
 
-class ContrastiveCAMLoss(nn.Module):
+class ContrastiveCAMLoss(_LossOfMaps):
     """Contrastive loss of the predecessor: right predictions should look at the image (paper, eq. 1).
 
     mean_i [Y_i·D_i² + (1 - Y_i)·max(0, m - D_i)²] with D_i = ‖resize(M_i) - image_i‖₂, Y_i = 1 where the
@@ -209,16 +226,20 @@ class ContrastiveCAMLoss(nn.Module):
         check_targets(targets, len(logits), logits.shape[1], values=self.validate)
         if images.ndim != 4 or len(images) != len(logits):
             raise ValueError(f"images must have shape ({len(logits)}, 1 or 3, h, w), got {tuple(images.shape)}")
-        maps = grad_cam(logits, features, create_graph=torch.is_grad_enabled(), alpha=alpha)
+        weights = channel_weights(logits, features, create_graph=torch.is_grad_enabled(), alpha=alpha)
+        right = logits.detach().argmax(1) == targets
+        return global_mean(self.of_weights(weights, features, images, right), batch_size)
+
+    def of_weights(self, weights: Tensor, features: Tensor, images: Tensor, right: Tensor) -> Tensor:
+        """Losses (N,) from α (N, K), A (N, K, H, W), images (N, 1 or 3, h, w) and `right` Y (N,)."""
+        maps = maps_of_weights(weights, features)
         with torch.autocast(maps.device.type, enabled=False):
             gray = images.to(maps.dtype).mean(1)
             maps = resize_maps(maps, (gray.shape[1], gray.shape[2]))
             # Squares first: the root's slope is infinite where map and image coincide.
             squared = (maps - gray).square().sum((1, 2))
             distance = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
-            right = logits.detach().argmax(1) == targets
-            losses = torch.where(right, squared, (self.margin - distance).clamp(min=0).square())
-            return global_mean(losses, batch_size)
+            return torch.where(right, squared, (self.margin - distance).clamp(min=0).square())
 
 
 class CAMLoss(Protocol):
@@ -234,6 +255,8 @@ class CAMLoss(Protocol):
         alpha: Alpha | None,
         batch_size: int | None,
     ) -> Tensor: ...
+
+    def compile_maps(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -328,6 +351,11 @@ class Objective(nn.Module):
         self.class_weight = class_weight
         self.label_smoothing = label_smoothing
         self.cam_loss = None if name == "baseline" else CAM_LOSSES[name](prototypes, options or CAMLossOptions())
+
+    def compile_maps(self) -> None:
+        """Compile the CAM loss but for α, as `SplitModel.compile_backbone` does the network but for the head."""
+        if self.cam_loss is not None:
+            self.cam_loss.compile_maps()
 
     def forward(
         self,

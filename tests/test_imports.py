@@ -18,7 +18,7 @@ PACKAGE = Path(distributed_batchcam.__file__).parent
 
 # A module may import from the lines above its own, and within its own package (`data`, `report`).
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "checks", "collectives"),
+    ("errors", "checks", "collectives", "malloc"),
     ("cam",),
     ("class_sums", "distances", "prototypes", "metrics"),
     ("objectives",),

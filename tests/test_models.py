@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -166,6 +167,21 @@ def test_simple_cnn_takes_an_odd_feature_map() -> None:
     classes = torch.tensor([0, 1, 2])
     by_head = channel_weights(output.logits, output.features, classes, alpha=output.alpha)
     torch.testing.assert_close(by_head, channel_weights(output.logits, output.features, classes))
+
+
+def test_simple_cnn_is_the_papers_layers_in_the_papers_order() -> None:
+    """Convolution, ReLU, max-pool: pooled first the ReLU has less to do, and nothing else changes, to the last bit."""
+    torch.manual_seed(0)
+    network, images = create_model("simple_cnn").network, images_for(28)
+    pooled = F.max_pool2d(network.conv1(images).relu(), 2)
+    hidden = network.fc1(F.max_pool2d(network.conv2(pooled).relu(), 2).flatten(1)).relu()
+    expected, found = network.fc2(hidden), network(images)
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(logits.square().sum(), list(network.parameters())) for logits in (found, expected)),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_target_layer_by_name_leaves_the_logits_unchanged() -> None:

@@ -1,6 +1,7 @@
 """The losses and the objectives: values against loops, gradients against finite differences."""
 
 from collections.abc import Callable
+from functools import partial
 
 import oracles
 import pytest
@@ -295,6 +296,29 @@ def test_closed_form_alpha_gives_the_same_loss_and_gradients(name: str, kind: st
 
     for closed_form, general in zip(run(True), run(False), strict=True):
         assert_close(closed_form, general, **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("bcpl_l1", "inductor"), ("pl_l1", "aot_eager"), ("bcpl_ssim", "aot_eager"), ("contrastive", "aot_eager")],
+)
+def test_compiled_maps_give_the_same_loss_and_gradients(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model, (images, targets, prototypes) = TinyNet(head="pool").double(), sample_batch()
+
+    def run(compiled: bool) -> list[Tensor]:
+        objective = Objective(name, prototypes)
+        if compiled:
+            objective.compile_maps()
+        logits, features = model(images)
+        total = objective(logits, features, targets, images, alpha=model.alpha(features)).total
+        return [total, *torch.autograd.grad(total, list(model.parameters()))]
+
+    for compiled, eager in zip(run(True), run(False), strict=True):
+        assert_close(compiled, eager, **EXACT)
 
 
 def test_loss_without_gradients_carries_no_graph() -> None:
