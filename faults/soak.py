@@ -12,6 +12,8 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from distributed_batchcam.cli import run
@@ -30,7 +32,8 @@ def runs_in_one_process(folder: Path, minutes: float) -> dict[str, list[int]]:
     while time.monotonic() < deadline or len(found["threads"]) <= WARM_UP:
         out = folder / "run"
         shutil.rmtree(out, ignore_errors=True)
-        assert run([*OPTIONS, "--epochs", "1", "--out", str(out)]) == 0
+        with redirect_stdout(StringIO()):
+            assert run([*OPTIONS, "--epochs", "1", "--out", str(out)]) == 0
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         found["memory in MiB"].append(pages * os.sysconf("SC_PAGESIZE") >> 20)
         found["open files"].append(len(os.listdir("/proc/self/fd")))
