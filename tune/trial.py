@@ -64,9 +64,11 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
         print(f"batchcam: trial {trial.id} on {socket.gethostname()}, process {os.getpid()}", flush=True)
         try:
             _require_shared(storage, settings)
-            history = [line for line in _history(folder.path) if line["epoch"] <= settings.stopped.get(trial.id, 1e9)]
-            for line in history[:-1] if _is_finished(folder.path) else history:
-                _report(line)
+            # All but the last epoch, which is reported once the run is finished: a scheduler may stop a trial then.
+            known = min(settings.stopped.get(trial.id, 10**9), trial.config().epochs - 1)
+            for line in _history(folder.path):
+                if line["epoch"] <= known:
+                    _report(line)
             if not _is_finished(folder.path) and trial.id not in settings.stopped:
                 _train(trial, folder, storage, settings)
             if _is_finished(folder.path):
@@ -85,7 +87,6 @@ def _train(trial: Trial, folder: TrialFolder, storage: Storage, settings: Settin
 
     def on_epoch(figures: dict[str, Any]) -> None:
         folder.push()
-        # The last epoch is reported when the run is finished: a scheduler may stop a trial at a report.
         if figures["epoch"] < config.epochs:
             _report(figures)
 

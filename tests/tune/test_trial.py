@@ -71,6 +71,21 @@ def test_each_epoch_is_reported_and_the_last_one_when_the_run_is_finished(
     assert reports == [{"epoch": epoch, "valid_accuracy": 50.0 + epoch} for epoch in (1, 2, 3)]
 
 
+def test_a_run_that_lacks_its_summary_alone_is_finished_before_its_last_epoch_is_reported(
+    settings: Settings, trial: Trial, reports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_dir(settings, trial)
+    write_epochs(path, 3)
+
+    def train(*arguments: Any) -> None:
+        assert [report["epoch"] for report in reports] == [1, 2]
+        write_epochs(path, 3, finished=True)
+
+    monkeypatch.setattr(ranks, "train_on_all_ranks", train)
+    run_trial({"axes": trial.axes}, settings)
+    assert [report["epoch"] for report in reports] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_what_was_done_before_is_reported_and_not_done_again(
     finished: bool, settings: Settings, trial: Trial, reports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
