@@ -87,9 +87,9 @@ class Progress(Callback):
 def _accuracies(trial: TrialRecord) -> str:
     if not trial.summary:
         return f"validation accuracy {trial.valid_accuracy:.2f} %"
-    return (
-        f"best validation accuracy {trial.summary['best_valid_accuracy']:.2f} %, "
-        f"test accuracy {trial.summary['best_test_accuracy']:.2f} %"
+    test = trial.summary["best_test_accuracy"]  # None where the best checkpoint was lost
+    return f"best validation accuracy {trial.summary['best_valid_accuracy']:.2f} %" + (
+        "" if test is None else f", test accuracy {test:.2f} %"
     )
 
 
