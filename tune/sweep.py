@@ -7,7 +7,7 @@ import random
 import secrets
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -239,24 +239,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--searcher", choices=["grid", "random", "optuna"], help="default: grid; random if the space draws"
     )
     what.add_argument(
-        "--samples", type=_positive, metavar="N", help="random: draws per point of the grid; optuna: trials"
+        "--samples", type=_at_least(1), metavar="N", help="random: draws per point of the grid; optuna: trials"
     )
     what.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
     what.add_argument("--scheduler", choices=["none", "asha"], help="asha stops weak trials early (default: none)")
-    what.add_argument("--grace-epochs", type=_positive, metavar="N", help="asha: epochs that every trial gets (1)")
-    what.add_argument("--reduction-factor", type=_factor, metavar="N", help="asha: one in N trials goes on (2)")
+    what.add_argument("--grace-epochs", type=_at_least(1), metavar="N", help="asha: epochs that every trial gets (1)")
+    what.add_argument("--reduction-factor", type=_at_least(2), metavar="N", help="asha: one in N trials goes on (2)")
     what.add_argument("--dry-run", action="store_true", help="print the trials and what they ask for, and stop")
     where = parser.add_argument_group("where")
     where.add_argument("--storage", metavar="DIR|URI", help="a folder that all nodes share, or s3://…, gs://…")
     where.add_argument("--resume", action="store_true", help="go on with the sweep in --storage")
     where.add_argument("--address", help="Ray cluster to join: auto, or HOST:PORT (default: Ray on this machine)")
-    where.add_argument("--workers-per-trial", type=_positive, default=1, metavar="N", help="processes of a trial (1)")
+    where.add_argument(
+        "--workers-per-trial", type=_at_least(1), default=1, metavar="N", help="processes of a trial (1)"
+    )
     where.add_argument(
         "--gpus-per-worker", type=_amount, metavar="F", help="1, several, or a share such as 0.25 (default: 1 if any)"
     )
     where.add_argument("--cpus-per-worker", type=_amount, default=1.0, metavar="C", help="CPUs, and threads (1)")
-    where.add_argument("--max-concurrent", type=_positive, metavar="N", help="trials at a time (default: what fits)")
-    where.add_argument("--max-failures", type=_count, default=3, metavar="N", help="new attempts of a trial (3)")
+    where.add_argument("--max-concurrent", type=_at_least(1), metavar="N", help="trials at a time (default: what fits)")
+    where.add_argument("--max-failures", type=_at_least(0), default=3, metavar="N", help="new attempts of a trial (3)")
     where.add_argument(
         "--wait", type=_amount, default=WAIT_SECONDS, metavar="SECONDS", help="for a cluster to have room (45)"
     )
@@ -392,25 +394,15 @@ def parse_assignments(texts: Sequence[str]) -> Options:
     return found
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
 
-
-def _factor(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
-    return value
+    number.__name__ = "whole number"  # what argparse calls it
+    return number
 
 
 def _amount(text: str) -> float:
