@@ -315,7 +315,10 @@ def tracked(
 
 
 @pytest.mark.usefixtures("wandb_offline")
-def test_a_resumed_run_goes_on_as_the_same_wandb_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_goes_on_as_the_same_wandb_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_tracker, "CLOSE_SECONDS", 100)  # on a busy machine W&B takes more than ten to start
     run_dir = tmp_path / "a run"
     tracked(run_dir, range(1, 6), finish=False)
     tracked(run_dir, range(4, 9), last_step=3)

@@ -16,6 +16,8 @@ from launch_files import CLUSTER, assert_shell_is_sound
 from launching import ROOT, SMALL, environment
 
 SCRIPTS = sorted((CLUSTER / "slurm").glob("*.sbatch"))
+# Ports and folders follow from a job's number: those of another session of tests must not be the same.
+JOB = 10 * (os.getpid() % 1000)
 RUN = [*SMALL, "--epochs", "2", "--objective", "bcpl_l1"]
 
 
@@ -63,7 +65,7 @@ def test_the_job_can_be_queued_again_before_its_time_is_over(script: Path) -> No
 
 
 def test_an_allocation_without_gpus_is_told_what_to_do(tmp_path: Path) -> None:
-    process = job("train.sbatch", folder=tmp_path, number=4710, PROCESSES_PER_NODE="")
+    process = job("train.sbatch", folder=tmp_path, number=JOB, PROCESSES_PER_NODE="")
     assert "set PROCESSES_PER_NODE" in finish(process)
     assert process.returncode != 0
 
@@ -71,7 +73,7 @@ def test_an_allocation_without_gpus_is_told_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_nodes_train_one_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = job("train.sbatch", *RUN, "--out", str(out), folder=tmp_path, number=4711)
+    process = job("train.sbatch", *RUN, "--out", str(out), folder=tmp_path, number=JOB + 1)
     said = finish(process)
     assert process.returncode == 0, said
     assert "2 processes on cpu (gloo)" in said
@@ -83,16 +85,16 @@ def test_two_nodes_train_one_run(tmp_path: Path) -> None:
 def test_a_run_that_is_out_of_time_is_queued_again_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = [*SMALL, "--epochs", "8", "--out", str(out)]
-    process = job("train.sbatch", *options, folder=tmp_path, number=4712)
+    process = job("train.sbatch", *options, folder=tmp_path, number=JOB + 2)
     deadline = time.monotonic() + 180
     while not (out / "checkpoints/epoch_00001").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     said = finish(process)
     assert process.returncode != 0, said
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 4712\n"
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {JOB + 2}\n"
     assert not (out / "summary.json").exists()
-    process = job("train.sbatch", *options, folder=tmp_path, number=4712, SLURM_RESTART_COUNT="1")
+    process = job("train.sbatch", *options, folder=tmp_path, number=JOB + 2, SLURM_RESTART_COUNT="1")
     said = finish(process)
     assert process.returncode == 0, said
     assert "resuming from" in said
@@ -140,13 +142,13 @@ def processes_of(folder: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_sweep_gets_a_cluster_of_all_nodes_and_leaves_nothing_behind(sweep_bin: str, tmp_path: Path) -> None:
-    process = job("sweep.sbatch", "--space", "smoke", folder=tmp_path, number=4713, BATCHCAM_BIN=sweep_bin)
+    process = job("sweep.sbatch", "--space", "smoke", folder=tmp_path, number=JOB + 3, BATCHCAM_BIN=sweep_bin)
     said = finish(process)
     assert "arguments: sweep --address auto --space smoke\n" in said
     assert "2 nodes, 2 in use" in said
     assert process.returncode == 3, "the job ends as the sweep does"
-    assert not Path("/tmp/batchcam-ray-4713").exists()
-    assert processes_of("/tmp/batchcam-ray-4713") == []
+    assert not Path(f"/tmp/batchcam-ray-{JOB + 3}").exists()
+    assert processes_of(f"/tmp/batchcam-ray-{JOB + 3}") == []
     assert not (tmp_path / "scontrol.log").exists()
 
 
@@ -154,7 +156,7 @@ def test_a_sweep_gets_a_cluster_of_all_nodes_and_leaves_nothing_behind(sweep_bin
 def test_a_sweep_that_is_out_of_time_is_queued_again_and_resumes(sweep_bin: str, tmp_path: Path) -> None:
     started = tmp_path / "started"
     settings = {"BATCHCAM_BIN": sweep_bin, "WAIT": str(started), "SLURM_RESTART_COUNT": "1"}
-    process = job("sweep.sbatch", "--space", "smoke", folder=tmp_path, number=4714, **settings)
+    process = job("sweep.sbatch", "--space", "smoke", folder=tmp_path, number=JOB + 4, **settings)
     deadline = time.monotonic() + 180
     while not started.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -162,5 +164,5 @@ def test_a_sweep_that_is_out_of_time_is_queued_again_and_resumes(sweep_bin: str,
     said = finish(process)
     assert process.returncode == 143, said
     assert "arguments: sweep --address auto --space smoke --resume\n" in said
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 4714\n"
-    assert processes_of("/tmp/batchcam-ray-4714") == []
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {JOB + 4}\n"
+    assert processes_of(f"/tmp/batchcam-ray-{JOB + 4}") == []
