@@ -25,6 +25,7 @@ from tune.space import read_space
 from .timing import Bar, argument_parser, positive, report
 
 TRIALS, OVERHEAD_SECONDS, EPOCHS_SHARE = 12, 3.0, 0.40
+EPOCHS, WEIGHTS = 16, 9  # of the lambda space
 SHORT = {"dataset": "digits", "image_size": 16, "batch_size": 64, "epochs": 2, "device": "cpu"}
 GRID = {"dataset": "digits", "image_size": 16, "batch_size": 64, "valid_size": 400, "device": "cpu"}
 
@@ -34,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser("sweeps", "What a sweep adds to its runs, and what ASHA saves.", rounds=3)
     parser.set_defaults(threads=1)
     parser.add_argument("--trials", type=positive, default=TRIALS, help="short trials to time (%(default)s)")
-    parser.add_argument("--epochs", type=positive, default=9, help="of each trial of the grid (%(default)s)")
-    parser.add_argument("--weights", type=positive, default=9, help="how many λ of the grid to take (%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="of each trial of the grid (%(default)s)")
+    parser.add_argument(
+        "--weights", type=positive, default=WEIGHTS, help="how many λ of the grid to take (%(default)s)"
+    )
     parser.add_argument("--objectives", nargs="+", help="of the grid (all)")
     parser.add_argument("--only", choices=["overhead", "asha"], help="one of the two")
     options = parser.parse_args(arguments)
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only != "overhead":
         grids = [asha(seed, options.epochs, options.weights, options.objectives) for seed in range(options.rounds)]
         further["asha"] = grids
-        whole = options.epochs == 9 and options.weights == 9 and options.objectives is None
+        whole = (options.epochs, options.weights, options.objectives) == (EPOCHS, WEIGHTS, None)
         share = max(grid["epochs_share"] for grid in grids)
         bars.append(
             Bar(

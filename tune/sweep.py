@@ -41,7 +41,7 @@ class Plan:
     samples: int = 1
     seed: int = 0
     scheduler: Literal["none", "asha"] = "none"
-    grace_epochs: int = 1
+    grace_epochs: int = 2
     reduction_factor: int = 2
 
 
@@ -161,10 +161,11 @@ class Sweep:
         from ray.tune.schedulers import ASHAScheduler
 
         trials = self.trials() or [self.space.trial({})]
+        epochs = max(trial.config().epochs for trial in trials)
         return ASHAScheduler(
             time_attr=EPOCH,
-            max_t=max(trial.config().epochs for trial in trials),
-            grace_period=self.plan.grace_epochs,
+            max_t=epochs,
+            grace_period=min(self.plan.grace_epochs, epochs),
             reduction_factor=self.plan.reduction_factor,
         )
 
@@ -243,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
     what.add_argument("--scheduler", choices=["none", "asha"], help="asha stops weak trials early (default: none)")
-    what.add_argument("--grace-epochs", type=_at_least(1), metavar="N", help="asha: epochs that every trial gets (1)")
+    what.add_argument("--grace-epochs", type=_at_least(1), metavar="N", help="asha: epochs that every trial gets (2)")
     what.add_argument("--reduction-factor", type=_at_least(2), metavar="N", help="asha: one in N trials goes on (2)")
     what.add_argument("--dry-run", action="store_true", help="print the trials and what they ask for, and stop")
     where = parser.add_argument_group("where")
