@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .models import create_model
     from .objectives import BatchCAMLoss, ContrastiveCAMLoss, PrototypeLoss
     from .prototypes import compute_prototypes
+    from .right_reasons import MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,9 @@ _HOMES = {
     "PrototypeLoss": "objectives",
     "BatchCAMLoss": "objectives",
     "ContrastiveCAMLoss": "objectives",
+    "PrototypeSupportLoss": "right_reasons",
+    "RightReasonsLoss": "right_reasons",
+    "MaskedGradCAMLoss": "right_reasons",
     "create_model": "models",
     "explain": "explain_run",
     "explain_classes": "explain_run",
@@ -39,7 +43,10 @@ __all__ = [
     "ClassCams",
     "ContrastiveCAMLoss",
     "Explanations",
+    "MaskedGradCAMLoss",
     "PrototypeLoss",
+    "PrototypeSupportLoss",
+    "RightReasonsLoss",
     "class_cams",
     "compute_prototypes",
     "create_model",

@@ -102,15 +102,20 @@ def gradient_of_logits(logits: Tensor, source: Tensor, classes: Tensor) -> Tenso
     Raises:
         ValueError: the logits do not depend on `source`.
     """
-    if not (logits.requires_grad and source.requires_grad):
+    return pull_back(logits, source, torch.zeros_like(logits).scatter_(1, classes[:, None], 1))
+
+
+def pull_back(outputs: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
+    """Σ_c w_ic ∂outputs[i, c]/∂source_i with cotangents w (N, C), as `gradient_of_logits` otherwise."""
+    if not (outputs.requires_grad and source.requires_grad):
         raise ValueError(
             "logits and features carry no autograd graph: compute both with gradients enabled "
             "(not under torch.no_grad, torch.inference_mode or after detach)"
         )
     (gradient,) = torch.autograd.grad(
-        logits,
+        outputs,
         source,
-        grad_outputs=torch.zeros_like(logits).scatter_(1, classes[:, None], 1),
+        grad_outputs=cotangents,
         create_graph=torch.is_grad_enabled(),
         # The caller goes on to use these logits, for the loss or for another class.
         retain_graph=True,

@@ -86,7 +86,7 @@ class RunConfig(BaseModel):
     """Start from published weights (no value), or from a file."""
 
     objective: str = "bcpl_l1"
-    """Loss on the explanations; baseline has none."""
+    """Loss on the explanations, or a sum such as bcpl_l1+10psl; baseline has none."""
     weight: NonNegativeFloat = 0.1
     """λ, the weight of the loss on the explanations."""
     class_weight: NonNegativeFloat = 1.0
@@ -98,9 +98,14 @@ class RunConfig(BaseModel):
     reduction: Literal["factored", "sums", "local"] = "factored"
     """bcpl_*: how class sums travel between processes; local keeps each process to itself."""
     resize: Literal["cam", "prototypes"] = "cam"
-    """Bring the CAM to the prototypes' size, or the prototypes to the CAM's."""
+    """pl_*, bcpl_*: bring the CAM to the prototypes' size, or the prototypes to the CAM's."""
     ssim_exponents: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0, 1.0)
     """*_ssim: exponents α β γ of luminance, contrast and structure."""
+    support: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """psl: value of a prototype below which nothing in its class's images may count."""
+    masks: Path | None = None
+    """rrr, rrr_g: folder of masks, one per class or training image, bright where an image must not be judged by;
+    default: the patch of a decoy data set."""
     margin: PositiveFloat = 1.0
     """contrastive: distance beyond which the map of a wrong prediction costs nothing."""
 
@@ -173,12 +178,20 @@ class RunConfig(BaseModel):
             raise ValueError("needs a value, not yes or no")
         return value
 
-    @field_validator(*REGISTRIES)
+    @field_validator("dataset")
     @classmethod
-    def _known_name(cls, value: str, info: ValidationInfo) -> str:
-        names = REGISTRIES[str(info.field_name)]()
+    def _known_dataset(cls, value: str) -> str:
+        names = _dataset_names()
         if value not in names:
-            raise unknown_name(str(info.field_name), value, names)
+            raise unknown_name("dataset", value, names)
+        return value
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        from .objectives import parse_objective
+
+        parse_objective(value)
         return value
 
     @field_validator("checkpoint_every")

@@ -121,6 +121,10 @@ class CAMModel(nn.Module):
     def forward(self, images: Tensor) -> CAMOutput:
         raise NotImplementedError
 
+    def allow_double_backward(self) -> None:
+        """Make the whole network one that can be differentiated twice; what follows the target layer always is."""
+        _allow_double_backward(self.network.modules())
+
     def compile_backbone(self) -> None:
         """Compile what runs before the target layer; double backward, which compiled code lacks, is after it."""
         raise NotImplementedError

@@ -1,13 +1,14 @@
-"""Training objectives: cross-entropy plus a loss on the explanations, by name.
+"""Training objectives: cross-entropy plus a loss on the explanations, or a sum of several, by name.
 
 To add an objective: write an `nn.Module` with the call of `CAMLoss` below and give it a line in
 `CAM_LOSSES`. Configuration, command line, trainer and reports pick it up from there.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .class_sums import Reduction, check_reduction, class_cams_of_weights
 from .collectives import global_mean
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
 from .errors import InputError, unknown_name
+from .right_reasons import SUPPORT, MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
 
 CAMClass = Literal["predicted", "target"]
 Resize = Literal["cam", "prototypes"]
@@ -28,6 +30,8 @@ Exponents = tuple[float, float, float]
 class _LossOfMaps(nn.Module):
     """A loss in two parts: α, which may differentiate the head, and `of_weights`, what follows from α (N, K)."""
 
+    needs_masks = False
+    differentiates_images = False
     of_weights: Callable[..., Tensor]
 
     def compile_maps(self) -> None:
@@ -243,7 +247,14 @@ class ContrastiveCAMLoss(_LossOfMaps):
 
 
 class CAMLoss(Protocol):
-    """What the trainer calls; tensors are this rank's share, `batch_size` is that of the global batch."""
+    """What the trainer calls; tensors are this rank's share, `batch_size` is that of the global batch.
+
+    Losses that say so get more: where `needs_masks`, `masks` (N, h, w), true where evidence must not come from;
+    where `differentiates_images`, images that require a gradient, and a network that can be differentiated twice.
+    """
+
+    needs_masks: bool
+    differentiates_images: bool
 
     def __call__(
         self,
@@ -254,6 +265,7 @@ class CAMLoss(Protocol):
         *,
         alpha: Alpha | None,
         batch_size: int | None,
+        **masks: Tensor,
     ) -> Tensor: ...
 
     def compile_maps(self) -> None: ...
@@ -268,6 +280,7 @@ class CAMLossOptions:
     resize: Resize = "cam"
     ssim_exponents: Exponents = (1.0, 1.0, 1.0)
     margin: float = 1.0
+    support: float = SUPPORT
 
 
 def _prototype_loss(distance: str, prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
@@ -296,13 +309,58 @@ def _contrastive_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
     return ContrastiveCAMLoss(options.margin, validate=False)
 
 
+def _prototype_support_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
+    try:
+        return PrototypeSupportLoss(prototypes, options.support, validate=False)
+    except ValueError as error:  # prototypes are the user's
+        raise InputError(str(error)) from None
+
+
+def _right_reasons_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
+    return RightReasonsLoss(validate=False)
+
+
+def _masked_grad_cam_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
+    return MaskedGradCAMLoss(validate=False)
+
+
 # The trainer checks the targets once, when the data is loaded: hence validate=False above.
 CAM_LOSSES: dict[str, Callable[[Tensor, CAMLossOptions], CAMLoss]] = {
     **{f"pl_{distance}": partial(_prototype_loss, distance) for distance in DISTANCES},
     **{f"bcpl_{distance}": partial(_batch_cam_loss, distance) for distance in DISTANCES},
     "contrastive": _contrastive_loss,
+    "psl": _prototype_support_loss,
+    "rrr": _right_reasons_loss,
+    "rrr_g": _masked_grad_cam_loss,
 }
 OBJECTIVES = ("baseline", *CAM_LOSSES)
+
+
+class Term(NamedTuple):
+    """One loss of a sum."""
+
+    factor: float
+    name: str
+
+
+def parse_objective(text: str) -> tuple[Term, ...]:
+    """The terms of an objective: `bcpl_l1+10psl` is bcpl_l1 and 10 times psl; `baseline` has none.
+
+    Raises:
+        InputError: an unknown name, a factor of 0, or a name that comes twice.
+    """
+    if text == "baseline":
+        return ()
+    terms = []
+    for part in text.split("+"):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)?(.*)", part, re.DOTALL)
+        assert found is not None
+        if found[2] not in CAM_LOSSES:
+            raise unknown_name("objective", found[2], OBJECTIVES, "sums are written bcpl_l1+10psl")
+        terms.append(Term(float(found[1] or 1), found[2]))
+    if min(term.factor for term in terms) == 0 or len({term.name for term in terms}) < len(terms):
+        raise InputError(f"objective {text!r} must name each loss once, with a factor above 0")
+    return tuple(terms)
 
 
 class LossParts(NamedTuple):
@@ -316,11 +374,13 @@ class LossParts(NamedTuple):
 class Objective(nn.Module):
     """λ_class·CE + λ·(loss on the CAMs), by name; `baseline` is the cross-entropy alone (paper, eq. 10-11).
 
+    The loss may be a sum: `bcpl_l1+10psl` is λ·(BCPL + 10·PSL).
+
     Both parts are scaled for DDP's average over ranks: together the ranks follow the gradient of one
     process on the global batch, for any split of it.
 
     Args:
-        name: one of `OBJECTIVES`.
+        name: one of `OBJECTIVES`, or a sum of them, see `parse_objective`.
         prototypes: (C, h, w) in [0, 1].
         weight: λ.
         class_weight: λ_class.
@@ -342,20 +402,37 @@ class Objective(nn.Module):
         options: CAMLossOptions | None = None,
     ) -> None:
         super().__init__()
-        if name not in OBJECTIVES:
-            raise unknown_name("objective", name, OBJECTIVES)
         if weight < 0 or class_weight < 0:
             raise InputError(f"weights of the losses must not be negative, got {weight} and {class_weight}")
         self.name = name
         self.weight = weight
         self.class_weight = class_weight
         self.label_smoothing = label_smoothing
-        self.cam_loss = None if name == "baseline" else CAM_LOSSES[name](prototypes, options or CAMLossOptions())
+        terms = parse_objective(name)
+        self.factors = [term.factor for term in terms]
+        self.cam_losses = nn.ModuleList(
+            cast(nn.Module, CAM_LOSSES[term.name](prototypes, options or CAMLossOptions())) for term in terms
+        )
+
+    @property
+    def losses(self) -> list[CAMLoss]:
+        """The losses on explanations; none for `baseline`."""
+        return cast(list[CAMLoss], list(self.cam_losses))
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether `masks` must be given."""
+        return any(loss.needs_masks for loss in self.losses)
+
+    @property
+    def differentiates_images(self) -> bool:
+        """Whether the images must require a gradient, and the network be one that can be differentiated twice."""
+        return any(loss.differentiates_images for loss in self.losses)
 
     def compile_maps(self) -> None:
-        """Compile the CAM loss but for α, as `SplitModel.compile_backbone` does the network but for the head."""
-        if self.cam_loss is not None:
-            self.cam_loss.compile_maps()
+        """Compile the CAM losses but for α, as `SplitModel.compile_backbone` does the network but for the head."""
+        for loss in self.losses:
+            loss.compile_maps()
 
     def forward(
         self,
@@ -366,12 +443,18 @@ class Objective(nn.Module):
         *,
         alpha: Alpha | None = None,
         batch_size: int | None = None,
+        masks: Tensor | None = None,
     ) -> LossParts:
-        """`images` (N, ch, h, w) in [0, 1]; `batch_size` is the size of the global batch."""
+        """`images` (N, ch, h, w) in [0, 1]; `batch_size` is the size of the global batch; `masks` (N, h, w)."""
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         entropies = F.cross_entropy(scores, targets, reduction="none", label_smoothing=self.label_smoothing)
         classification = global_mean(entropies, batch_size)
-        if self.cam_loss is None:
+        if not self.losses:
             return LossParts(self.class_weight * classification, classification, torch.zeros_like(classification))
-        cam = self.cam_loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size)
+        values = []
+        for factor, loss in zip(self.factors, self.losses, strict=True):
+            more = {"masks": masks} if loss.needs_masks and masks is not None else {}
+            value = loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size, **more)
+            values.append(value if factor == 1 else factor * value)
+        cam = values[0] if len(values) == 1 else torch.stack(values).sum()
         return LossParts(self.class_weight * classification + self.weight * cam, classification, cam)

@@ -17,7 +17,20 @@ from .bad_steps import BadSteps
 from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
 from .checkpoint_writer import CheckpointSchedule, CheckpointWriter, keep_trying
 from .config import RunConfig
-from .data import DATASETS, FOREGROUND, Batch, Data, ImageSet, Loader, dataset_prototypes, load_data, load_prototypes
+from .data import (
+    DATASETS,
+    FOREGROUND,
+    Batch,
+    Data,
+    ImageSet,
+    Loader,
+    Masks,
+    dataset_prototypes,
+    load_data,
+    load_masks,
+    load_prototypes,
+    patches,
+)
 from .debug import DebugMonitor
 from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
@@ -141,9 +154,17 @@ class Trainer:
             class_weight=config.class_weight,
             label_smoothing=config.label_smoothing,
             options=CAMLossOptions(
-                config.cam_class, config.reduction, config.resize, config.ssim_exponents, config.margin
+                config.cam_class,
+                config.reduction,
+                config.resize,
+                config.ssim_exponents,
+                config.margin,
+                config.support,
             ),
         ).to(device)
+        if self.objective.differentiates_images:
+            _allow_double_backward(config, model)
+        self.masks = _make_masks(config, data) if self.objective.needs_masks else None
         with warnings.catch_warnings():
             # Newer torch renames the option that `start_accelerator` sets; Accelerate does not know the new name yet.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -283,6 +304,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[LossParts, Tensor]:
         """Forward, loss, backward and, at the end of a global batch, the optimizer's step."""
         self.bad_steps.before_forward(batch)
+        batch.images.requires_grad_(self.objective.differentiates_images)
         images = self.data.normalize(batch.images)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -295,6 +317,7 @@ class Trainer:
                 batch.images,
                 alpha=output.alpha,
                 batch_size=batch.batch_size,
+                masks=None if self.masks is None else self.masks(batch),
             )
             self.accelerator.backward(parts.total)
             if self.debug is not None:
@@ -606,6 +629,24 @@ def _make_prototypes(config: RunConfig, data: Data) -> dict[str, Tensor]:
         split: dataset_prototypes(images, data.num_classes, classes=data.classes, workers=config.workers)
         for split, images in (("train", data.train), ("valid", data.valid))
     }
+
+
+def _make_masks(config: RunConfig, data: Data) -> Masks:
+    """Where the training images must not be judged by: the user's masks, or the decoys' patches."""
+    if config.masks is not None:
+        return load_masks(config.masks, data.train, data.classes)
+    if data.train.corners is None:
+        raise InputError(f"--objective {config.objective} needs --masks FOLDER: {data.name} brings no masks of its own")
+    return patches(data.train)
+
+
+def _allow_double_backward(config: RunConfig, model: CAMModel) -> None:
+    """Require a network that can be differentiated twice from the images on."""
+    for name in ("compile", "sync_batchnorm"):
+        if getattr(config, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"--objective {config.objective} differentiates the network twice: leave --{flag} out")
+    model.allow_double_backward()
 
 
 def _check_batch(config: RunConfig, images: int, processes: int) -> None:

@@ -4,7 +4,8 @@ from .datasets import DATASETS, Data, load_data, normalize_images
 from .images import ImageSet
 from .loader import Batch, Loader, dataset_prototypes
 from .masks import FOREGROUND, Masks, foreground, load_masks, patches
-from .prototype_files import load_prototypes
+from .prototype_files import load_prototypes, save_prototype_images
+from .splits import random_selection
 
 __all__ = [
     "DATASETS",
@@ -21,4 +22,6 @@ __all__ = [
     "load_prototypes",
     "normalize_images",
     "patches",
+    "random_selection",
+    "save_prototype_images",
 ]

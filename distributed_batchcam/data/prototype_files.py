@@ -1,4 +1,4 @@
-"""Prototypes that the user supplies: one image or mask per class."""
+"""Prototypes as files: one image or mask per class, which the user supplies, or draws on."""
 
 import re
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from distributed_batchcam.errors import InputError
@@ -38,6 +39,22 @@ def load_prototypes(folder: str | Path, classes: Sequence[str], image_size: int)
         raise InputError(f"no folder {folder}; name the one with a prototype image per class")
     paths = paths_by_class(folder, classes, "prototype")
     return torch.stack([_read_prototype(paths[name], image_size) for name in classes])
+
+
+def save_prototype_images(folder: str | Path, prototypes: Tensor, classes: Sequence[str]) -> list[Path]:
+    """Write prototypes (C, h, w) in [0, 1] as grey PNG files that `load_prototypes` reads, and return their paths.
+
+    Args:
+        folder: new, or empty; it is made.
+        prototypes: in the order of `classes`.
+        classes: names of the C classes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{re.sub(_REPLACED, '_', name)}.png" for name in classes]
+    for path, prototype in zip(paths, prototypes.mul(255).round().to(torch.uint8).cpu(), strict=True):
+        Image.fromarray(prototype.numpy()).save(path)
+    return paths
 
 
 def paths_by_class(folder: Path, classes: Sequence[str], kind: str) -> dict[str, Path]:

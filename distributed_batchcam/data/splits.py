@@ -52,6 +52,21 @@ def balanced_selection(targets: Tensor, limit: int) -> Tensor:
     return by_class[rounds[:limit]].sort().values
 
 
+def random_selection(targets: Tensor, per_class: int, classes: tuple[str, ...], seed: int = 0) -> Tensor:
+    """Positions, ascending, of `per_class` images of every class, drawn at random.
+
+    Raises:
+        InputError: a class with fewer.
+    """
+    counts = torch.bincount(targets, minlength=len(classes))
+    for name, count in zip(classes, counts.tolist(), strict=True):
+        if count < per_class:
+            raise InputError(f"class {name!r} has {count} image(s), not {per_class}; choose fewer")
+    shuffle = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffle[targets[shuffle].argsort(stable=True)]
+    return by_class[_places(counts) < per_class].sort().values
+
+
 def _places(counts: Tensor) -> Tensor:
     """0, 1, …, n_c - 1 for each class in turn: the place of an image in its class, sorted by class."""
     starts = counts.cumsum(0) - counts
