@@ -123,18 +123,20 @@ def _items(value: Any) -> Any:
 
 
 class Space(BaseModel):
-    """Fixed options, axes that are gone through in full (grid) and axes that are drawn from (sample)."""
+    """Fixed options, axes that are gone through in full (grid), points of several axes, axes that are drawn from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fixed: Annotated[Options, BeforeValidator(_items)] = {}
     grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], BeforeValidator(_items)] = {}
+    points: list[Options] = []
+    """Values of several axes that belong together, each point with the whole grid."""
     sample: Annotated[dict[str, Draw], BeforeValidator(_items)] = {}
     overrides: list[Override] = []
 
     @model_validator(mode="after")
     def _known_options_each_in_one_place(self) -> Self:
-        axes = [*self.grid, *self.sample]
+        axes = self.axes
         named = [*self.fixed, *axes, *(name for rule in self.overrides for name in (*rule.when, *rule.set))]
         for name in named:
             if name in _NOT_SWEPT:
@@ -146,7 +148,7 @@ class Space(BaseModel):
         places = [*self.fixed, *axes]
         for name in places:
             if places.count(name) > 1:
-                raise InputError(f"{name} stands in two of fixed, grid and sample: leave it in one")
+                raise InputError(f"{name} stands in two of fixed, grid, points and sample: leave it in one")
         for rule in self.overrides:
             for name in rule.set.keys() & set(axes):
                 raise InputError(f"an override sets {name}, which is an axis: leave it in one place")
@@ -155,13 +157,16 @@ class Space(BaseModel):
     @property
     def axes(self) -> list[str]:
         """Names of the options that differ between trials."""
-        return [*self.grid, *self.sample]
+        return [*self.grid, *dict.fromkeys(name for point in self.points for name in point), *self.sample]
 
     def with_fixed(self, options: Options) -> "Space":
         """The space with some options held fast, whatever it says of them."""
         left = {
             "fixed": {**self.fixed, **options},
             "grid": {name: values for name, values in self.grid.items() if name not in options},
+            "points": [
+                {name: value for name, value in point.items() if name not in options} for point in self.points
+            ],
             "sample": {name: draw for name, draw in self.sample.items() if name not in options},
             "overrides": [
                 {"when": rule.when, "set": kept}
@@ -172,7 +177,13 @@ class Space(BaseModel):
         return make_space(left, "--set")
 
     def all_drawn(self) -> "Space":
-        """The space with its grid drawn from, too."""
+        """The space with its grid drawn from, too.
+
+        Raises:
+            InputError: points, whose values cannot be drawn one by one.
+        """
+        if self.points:
+            raise InputError("points cannot be drawn from, their values belong together: make them a grid or a sample")
         choices = {name: Draw(choice=values) for name, values in self.grid.items()}
         return self.model_copy(update={"grid": {}, "sample": {**choices, **self.sample}})
 
@@ -195,7 +206,8 @@ class Space(BaseModel):
         Raises:
             InputError: a trial whose options do not go together, or far too many trials.
         """
-        count = math.prod(len(values) for values in self.grid.values()) * (samples if self.sample else 1)
+        count = math.prod(len(values) for values in self.grid.values()) * max(1, len(self.points))
+        count *= samples if self.sample else 1
         if count > _MOST_TRIALS:
             raise InputError(f"the space holds {count:,} trials, more than {_MOST_TRIALS:,}: thin it out")
         found: dict[str, Trial] = {}
@@ -212,11 +224,11 @@ class Space(BaseModel):
             InputError: the first trial that cannot be.
         """
         ends = {name: draw.extremes() for name, draw in self.sample.items()}
-        Space(fixed=self.fixed, grid={**self.grid, **ends}, overrides=self.overrides).trials()
+        self.model_copy(update={"grid": {**self.grid, **ends}, "sample": {}}).trials()
 
     def _places(self, samples: int, random: np.random.Generator) -> Iterator[Options]:
-        for point in itertools.product(*self.grid.values()):
-            place = dict(zip(self.grid, point, strict=True))
+        for point, values in itertools.product(self.points or [{}], itertools.product(*self.grid.values())):
+            place = point | dict(zip(self.grid, values, strict=True))
             if not self.sample:
                 yield place
             else:
@@ -260,7 +272,7 @@ def make_space(values: Any, source: str) -> Space:
         InputError: one line that names `source`, the place and what is wrong.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{source} must hold fixed, grid, sample or overrides, not a {type(values).__name__}")
+        raise InputError(f"{source} must hold fixed, grid, points, sample or overrides, not a {type(values).__name__}")
     try:
         return Space.model_validate(values)
     except ValidationError as error:

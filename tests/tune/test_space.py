@@ -21,6 +21,20 @@ def test_a_grid_has_each_combination_once() -> None:
     assert len({trial.name for trial in trials}) == len({trial.id for trial in trials}) == 6
 
 
+def test_each_point_goes_with_the_whole_grid() -> None:
+    points = [{"objective": "pl_l1", "weight": 1.0}, {"objective": "psl", "weight": 3.0}, {"objective": "baseline"}]
+    trials = Space(grid={"seed": [0, 1]}, points=points).trials()
+    assert [trial.axes for trial in trials] == [{**point, "seed": seed} for point in points for seed in (0, 1)]
+
+
+def test_an_option_held_fast_leaves_the_points() -> None:
+    space = Space(points=[{"objective": "psl", "weight": 1.0}, {"objective": "psl", "weight": 3.0}, {"weight": 0.1}])
+    fast = space.with_fixed({"weight": 2.0})
+    assert [trial.options for trial in fast.trials()] == [{"weight": 2.0, "objective": "psl"}, {"weight": 2.0}]
+    with pytest.raises(InputError, match="points cannot be drawn from"):
+        space.all_drawn()
+
+
 def test_a_baseline_runs_once_whatever_the_weights() -> None:
     trials = Space(grid={"objective": ["baseline", "pl_l1"], "weight": [0.1, 1.0], "seed": [0, 1]}).trials()
     assert [tuple(trial.axes.values()) for trial in trials] == [
@@ -103,13 +117,13 @@ def test_options_that_are_held_fast_leave_the_axes() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], "must hold fixed, grid, sample or overrides, not a list"),
+        ([], "must hold fixed, grid, points, sample or overrides, not a list"),
         ({"girds": {}}, "unknown entry of space here 'girds'; did you mean grid?"),
         ({"fixed": {"epcohs": 1}}, "unknown option 'epcohs'; did you mean epochs?"),
         ({"grid": {"out": ["a"]}}, "out is not for a space: the sweep gives each trial its own"),
         ({"grid": {"seed": []}}, "grid.seed: List should have at least 1 item"),
         ({"grid": {"seed": 3}}, "grid.seed: Input should be a valid list"),
-        ({"fixed": {"seed": 1}, "grid": {"seed": [1]}}, "seed stands in two of fixed, grid and sample"),
+        ({"fixed": {"seed": 1}, "grid": {"seed": [1]}}, "seed stands in two of fixed, grid, points and sample"),
         ({"sample": {"lr": {"uniform": [2, 1]}}}, "sample.lr: needs a lower and a higher number, got 2 and 1"),
         ({"sample": {"lr": {"loguniform": [0, 1]}}}, "sample.lr: loguniform needs numbers above 0"),
         ({"sample": {"lr": {"normal": [0, 1]}}}, "unknown entry of space here 'sample.lr.normal'"),
