@@ -164,9 +164,7 @@ class Space(BaseModel):
         left = {
             "fixed": {**self.fixed, **options},
             "grid": {name: values for name, values in self.grid.items() if name not in options},
-            "points": [
-                {name: value for name, value in point.items() if name not in options} for point in self.points
-            ],
+            "points": [{name: value for name, value in point.items() if name not in options} for point in self.points],
             "sample": {name: draw for name, draw in self.sample.items() if name not in options},
             "overrides": [
                 {"when": rule.when, "set": kept}

@@ -25,7 +25,7 @@ _STEP = 25  # between the grey values of two classes
 
 # Like the splits, patches belong to the data, not to a run. Not the splits' own seed: the corners would otherwise
 # come from the very numbers that choose the images to hold out.
-_PATCH_SEED = 1
+_PATCH_SEED, _OTHER_PATCH_SEED = 1, 2
 
 
 def with_patches(parts: Parts) -> Parts:
@@ -51,6 +51,17 @@ def with_patches(parts: Parts) -> Parts:
         train=_patched(parts.train, corners[0], parts.train.targets),
         test=_patched(parts.test, corners[1], decoys),
     )
+
+
+def with_other_patches(images: ImageSet) -> TensorImages:
+    """The images with patches as test images have them: of a class that is drawn independently of theirs.
+
+    Of images that were held out of training, a small validation set without the bias of training.
+    """
+    generator = torch.Generator().manual_seed(_OTHER_PATCH_SEED)
+    corners = torch.randint(len(CORNERS), (len(images),), generator=generator)
+    decoys = torch.randint(int(images.targets.max()) + 1, (len(images),), generator=generator)
+    return _patched(images, corners, decoys)
 
 
 def _patched(images: ImageSet, corners: Tensor, labels: Tensor) -> TensorImages:

@@ -17,11 +17,12 @@ class Setting(NamedTuple):
 
 def paper_accuracy(setting: Setting) -> float | None:
     """Test accuracy in percent (paper, Tables A1 and 2), None where the paper has none."""
-    return _table().get(setting)
+    return paper_table().get(setting)
 
 
 @cache
-def _table() -> dict[Setting, float]:
+def paper_table() -> dict[Setting, float]:
+    """Every test accuracy in percent that the paper prints (Tables A1 and 2)."""
     lines = files(__package__).joinpath("paper_accuracy.csv").read_text(encoding="utf-8").splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     return {

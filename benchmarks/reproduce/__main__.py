@@ -1,0 +1,111 @@
+"""`python -m benchmarks.reproduce`: the paper's tables and the decoys, run as far as is left, and written up."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from distributed_batchcam.data import dataset_prototypes, load_data, random_selection, save_prototype_images
+from distributed_batchcam.errors import InputError
+from distributed_batchcam.models import PAPER_MODELS
+
+from . import stages
+from .collect import collect, read_runs, write_runs
+from .figures import draw_figures
+from .page import write_page
+from .sketches import write_sketches
+from .stages import CLEAN, DECOYED, PLAIN, SKETCHES, TEN, Workshop
+from .weights import Chosen, decoy_weights, table_weights
+
+PARTS = ("tables", "decoys")
+RESULTS = Path("docs/results")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduce", description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=PAPER_MODELS, help="default: all with a GPU, otherwise simple_cnn"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
+    parser.add_argument("--storage", type=Path, default=Path("runs/reproduce"), help="of the runs (%(default)s)")
+    parser.add_argument("--data-root", type=Path, help="folder of MNIST and Fashion-MNIST, downloaded where missing")
+    parser.add_argument("--address", help="Ray cluster to join")
+    parser.add_argument("--gpus-per-worker", help="share of a GPU for each run")
+    parser.add_argument("--page-only", action="store_true", help="run nothing: write up what is there")
+    options = parser.parse_args(arguments)
+    models = options.models or (PAPER_MODELS if torch.cuda.is_available() else PAPER_MODELS[:1])
+    further = [("--data-root", options.data_root), ("--address", options.address)]
+    further += [("--gpus-per-worker", options.gpus_per_worker)]
+    workshop = Workshop(
+        options.storage, [text for name, value in further if value is not None for text in (name, str(value))]
+    )
+    try:
+        if not options.page_only:
+            if "tables" in options.parts:
+                run_tables(workshop, models)
+            if "decoys" in options.parts:
+                run_decoys(workshop, options.data_root)
+    except InputError as error:
+        parser.error(str(error))
+    finally:
+        # What was finished is written up, whatever stopped the rest.
+        draw_figures(RESULTS, workshop)
+        print(f"batchcam: results are in {write_page(RESULTS)}", flush=True)
+
+
+def run_tables(workshop: Workshop, models: Sequence[str]) -> None:
+    """Table A1 under both protocols, and Table 2 where all models are wanted."""
+    workshop.run("weights", stages.weights_space())
+    write_runs(RESULTS, "weights", collect(workshop.runs("weights")))
+    weights = table_weights(read_runs(RESULTS, "weights"))
+    for name, held_out in (("table_a1", False), ("table_a1_held_out", True)):
+        try:
+            workshop.run(name, stages.table_space(models, weights, held_out=held_out))
+        finally:
+            write_runs(RESULTS, name, collect(workshop.runs(name)))
+    if len(models) == len(PAPER_MODELS):
+        workshop.run("table_2", stages.large_table_space(weights))
+        write_runs(RESULTS, "table_2", collect(workshop.runs("table_2")))
+
+
+def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
+    """λ for each objective, then five seeds of what the rules chose, then other prototypes, then clean data."""
+    prototypes = workshop.storage / "prototypes"
+    make_prototypes(prototypes, data_root)
+    workshop.run("decoy_weights", stages.decoy_weights_space(prototypes))
+    write_runs(RESULTS, "decoy_weights", collect(workshop.runs("decoy_weights"), prototypes=CLEAN))
+    by_rule = decoy_weights(read_runs(RESULTS, "decoy_weights"))
+    chosen = list(dict.fromkeys(chain(*by_rule.values())))
+    try:
+        workshop.run("decoy_seeds", stages.decoy_seeds_space(prototypes, chosen))
+    finally:
+        write_runs(RESULTS, "decoy_seeds", collect(workshop.runs("decoy_seeds"), prototypes=CLEAN))
+    ours = [choice for choice in by_rule["biased accuracy"] if "psl" in choice.objective]
+    for kind in (TEN, SKETCHES, DECOYED):
+        name = f"decoy_{kind}"
+        workshop.run(name, stages.decoy_prototypes_space(prototypes, kind, ours))
+        write_runs(RESULTS, name, collect(workshop.runs(name), prototypes=kind))
+    workshop.run("decoy_clean", stages.clean_space([*ours, *(Chosen(dataset, "baseline", 0) for dataset in PLAIN)]))
+    write_runs(RESULTS, "decoy_clean", collect(workshop.runs("decoy_clean")))
+
+
+def make_prototypes(folder: Path, data_root: Path | None) -> None:
+    """Ten pictures for each data set and kind: FOLDER/mnist-clean, -ten, -sketches, and those of Fashion-MNIST."""
+    for name in PLAIN.values():
+        data = None
+        for kind, per_class in ((CLEAN, None), (TEN, 10)):
+            target = folder / f"{name}-{kind}"
+            if target.is_dir():
+                continue
+            data = data or load_data(name, data_root=data_root, valid_size=0)
+            images = data.train
+            if per_class is not None:
+                images = images.subset(random_selection(images.targets, per_class, data.classes))
+            save_prototype_images(target, dataset_prototypes(images, data.num_classes), data.classes)
+    write_sketches(folder, f"-{SKETCHES}")
+
+
+if __name__ == "__main__":
+    main()

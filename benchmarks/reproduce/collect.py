@@ -1,0 +1,51 @@
+"""Finished runs as docs/results/*.json: lists of runs, each with its summary, its configuration and versions."""
+
+import json
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distributed_batchcam.checkpoint import write_atomic
+
+from .decoys import decoy_figures
+from .stages import PLAIN
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "ray", "distributed-batchcam")
+_OF_A_MACHINE = ("data_root", "prototypes", "masks", "pretrained")
+
+
+def collect(runs: Iterable[Path], **about: Any) -> list[dict[str, Any]]:
+    """What is kept of runs; `about` is said of each of them. Those on decoys are measured further."""
+    return [{**_one(path), **about} for path in runs]
+
+
+def _one(path: Path) -> dict[str, Any]:
+    summary = json.loads((path / "summary.json").read_text())
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    # Paths of the machine that the run was made on mean nothing on another: only their last part is kept.
+    config |= {name: Path(config[name]).name for name in _OF_A_MACHINE if isinstance(config.get(name), str)}
+    found = {**summary, "config": config, "versions": _versions(summary["torch"])}
+    if config["dataset"] in PLAIN:
+        found |= decoy_figures(path, PLAIN[config["dataset"]])
+    return found
+
+
+def _versions(torch: str) -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "torch": torch}
+
+
+def write_runs(folder: Path, name: str, runs: list[dict[str, Any]]) -> None:
+    """Write docs/results/NAME.json, unless there is nothing to say."""
+    if runs:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"{name}.json", json.dumps(runs, indent=1).encode())
+
+
+def read_runs(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The runs of docs/results/NAME.json, none where it is not there."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else []

@@ -1,0 +1,175 @@
+"""What is run: each stage is a sweep in a folder of its own, which goes on where it stopped."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from distributed_batchcam import cli
+from distributed_batchcam.errors import InputError
+from tune.record import SweepRecord
+from tune.space import Options, Space, make_space, read_space
+from tune.storage import TRIALS, Storage
+
+from .weights import Chosen
+
+SPACES = Path(__file__).with_name("spaces")
+EXPLAINING = ("pl_l1", "pl_l2", "pl_ssim", "bcpl_l1", "bcpl_l2", "bcpl_ssim")
+SEEDS = [0, 1, 2]
+DECOY_SEEDS = [0, 1, 2, 3, 4]
+HELD_OUT = 5000
+PLAIN = {"decoy_mnist": "mnist", "decoy_fashion_mnist": "fashion_mnist"}
+"""Decoy data sets, and what they are made of."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where stages live, and how their trials run."""
+
+    storage: Path
+    sweep_options: Sequence[str] = field(default=())
+    """Further options of `batchcam sweep`: --address, --gpus-per-worker, --data-root."""
+
+    def run(self, name: str, space: Space) -> None:
+        """Run what is left of a stage.
+
+        Raises:
+            InputError: the stage was begun with another space, or trials of it failed.
+        """
+        folder = self.storage / name
+        trials = space.trials()
+        record = SweepRecord.load(Storage.at(str(folder))) if folder.is_dir() else None
+        if record is not None and record.space != space:
+            raise InputError(f"{folder} was begun with other trials: move it away, or name another --storage")
+        done = 0 if record is None else record.count("finished")
+        print(f"batchcam: stage {name}: {done} of {len(trials)} runs are there", flush=True)
+        if done == len(trials):
+            return
+        file = self.storage / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(space.model_dump(mode="json", exclude_none=True), sort_keys=False))
+        begin = ["--space", str(file)] if record is None else ["--resume"]
+        status = cli.run(["sweep", *begin, "--storage", str(folder), *self.sweep_options])
+        if status == 1:
+            raise InputError(f"runs of stage {name} failed: see {folder}/sweep.json, then repeat the command")
+        if status:
+            raise SystemExit(status)
+
+    def runs(self, name: str) -> Iterator[Path]:
+        """Run directories of the finished trials of a stage, as far as it got."""
+        folder = self.storage / name
+        record = SweepRecord.load(Storage.at(str(folder))) if folder.is_dir() else None
+        for entry in record.trials.values() if record else ():
+            path = folder / TRIALS / entry.name
+            if (path / "summary.json").is_file():
+                yield path
+
+
+def weights_space() -> Space:
+    """λ by decades for each objective, on images held out of Fashion-MNIST, with `simple_cnn`."""
+    return read_space(str(SPACES / "weights.yaml"))
+
+
+def table_space(models: Sequence[str], weights: dict[str, float], *, held_out: bool) -> Space:
+    """Table A1 with λ per objective: validated on the test set, as the paper does, or on images held out."""
+    space = read_space("paper").with_fixed({"valid_size": HELD_OUT if held_out else 0}).model_dump()
+    space["fixed"].pop("weight")
+    space["grid"]["model"] = list(models)
+    space["overrides"] += [
+        {"when": {"objective": objective}, "set": {"weight": weight}} for objective, weight in weights.items()
+    ]
+    return make_space(space, "space paper")
+
+
+def large_table_space(weights: dict[str, float]) -> Space:
+    """Table 2, at 112×112."""
+    space = read_space("paper_112").model_dump()
+    space["fixed"]["weight"] = weights["bcpl_l1"]
+    return make_space(space, "space paper_112")
+
+
+def _decoy_recipe() -> Options:
+    space = read_space("paper")
+    recipe = space.trial({"model": "simple_cnn"}).options
+    return {**recipe, "valid_size": HELD_OUT}
+
+
+def decoy_weights_space(prototypes: Path) -> Space:
+    """Every objective against decoys along λ, one seed, prototypes of clean images."""
+    points: list[Options] = [{"objective": "baseline"}]
+    for objective, weights in DECOY_WEIGHTS.items():
+        points += [{"objective": objective, "weight": weight} for weight in weights]
+    return make_space(
+        {
+            "fixed": _decoy_recipe(),
+            "grid": {"dataset": list(PLAIN), "seed": DECOY_SEEDS[:1]},
+            "points": points,
+            "overrides": _prototypes_by_dataset(prototypes, CLEAN),
+        },
+        "decoys",
+    )
+
+
+def decoy_seeds_space(prototypes: Path, chosen: Sequence[Chosen]) -> Space:
+    """The other seeds at every λ that a rule chose."""
+    points = [
+        {"dataset": choice.dataset, "objective": choice.objective}
+        | ({} if choice.objective == "baseline" else {"weight": choice.weight})
+        for choice in chosen
+    ]
+    return make_space(
+        {
+            "fixed": _decoy_recipe(),
+            "grid": {"seed": DECOY_SEEDS[1:]},
+            "points": points,
+            "overrides": _prototypes_by_dataset(prototypes, CLEAN),
+        },
+        "decoys",
+    )
+
+
+def decoy_prototypes_space(prototypes: Path, kind: str, chosen: Sequence[Chosen]) -> Space:
+    """All seeds with another kind of prototypes, at the λ that was chosen with clean ones."""
+    points = [{"dataset": choice.dataset, "objective": choice.objective, "weight": choice.weight} for choice in chosen]
+    return make_space(
+        {
+            "fixed": _decoy_recipe(),
+            "grid": {"seed": DECOY_SEEDS},
+            "points": points,
+            "overrides": [] if kind == DECOYED else _prototypes_by_dataset(prototypes, kind),
+        },
+        "decoys",
+    )
+
+
+def clean_space(chosen: Sequence[Chosen]) -> Space:
+    """The same objectives on the clean data sets: what do they cost where nothing misleads?"""
+    points = [
+        {"dataset": PLAIN[choice.dataset], "objective": choice.objective}
+        | ({} if choice.objective == "baseline" else {"weight": choice.weight})
+        for choice in chosen
+    ]
+    return make_space({"fixed": _decoy_recipe(), "grid": {"seed": SEEDS}, "points": points}, "decoys")
+
+
+CLEAN, TEN, SKETCHES, DECOYED = "clean", "ten", "sketches", "decoyed"
+"""Prototypes of all clean training images, of ten of each class, drawn by hand, and of the decoyed images."""
+
+DECOY_WEIGHTS: dict[str, list[float]] = {
+    "pl_l1": [10.0, 100.0],
+    "bcpl_l1": [3.0, 10.0, 30.0],
+    "psl": [0.1, 0.3, 1.0, 3.0],
+    "rrr": [0.1, 1.0, 10.0, 100.0],
+    "rrr_g": [0.1, 1.0, 10.0],
+}
+"""λ of the first stage. RRR and RRR-G have a mask for every training image, the others ten prototypes."""
+WITH_PROTOTYPES = ("pl_l1", "bcpl_l1", "psl")
+
+
+def _prototypes_by_dataset(prototypes: Path, kind: str) -> list[dict[str, Options]]:
+    return [
+        {"when": {"dataset": decoy}, "set": {"prototypes": os.path.abspath(prototypes / f"{plain}-{kind}")}}
+        for decoy, plain in PLAIN.items()
+    ]
