@@ -24,6 +24,7 @@ from .evaluation import Evaluation, evaluate
 from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
 from .heartbeat import Heartbeat, lost_before_training
+from .malloc import keep_freed_memory
 from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
@@ -72,6 +73,8 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
 
 def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     accelerator = start_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
     run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
@@ -144,6 +147,8 @@ class Trainer:
                 config.cam_class, config.reduction, config.resize, config.ssim_exponents, config.margin
             ),
         ).to(device)
+        if config.compile:
+            self.objective.compile_maps()
         with warnings.catch_warnings():
             # Newer torch renames the option that `start_accelerator` sets; Accelerate does not know the new name yet.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
