@@ -13,7 +13,7 @@ Averaging each rank's own M̄_c is not M̄_c of the global batch, hence the redu
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ from .checks import check_features, check_targets
 from .collectives import Upstream, all_reduce_sum, all_reduce_sums
 
 Reduction = Literal["factored", "sums", "local"]
+
+
+@runtime_checkable
+class SummedAlpha(Protocol):
+    """An α (see `cam.channel_weights`) that knows its sums by class in fewer operations than image by image."""
+
+    def __call__(self, classes: Tensor) -> Tensor:
+        """Classes (N,) to α (N, K)."""
+
+    def class_sums(self, targets: Tensor) -> Tensor:
+        """Targets (N,) to Σ_{i: y_i = c} α_i of each of the head's classes c, (C, K)."""
 
 
 class ClassCams(NamedTuple):
@@ -77,15 +88,34 @@ def class_cams(
     check_features(logits, features)
     check_targets(targets, len(logits), min(num_classes, logits.shape[1]), values=validate)
     check_reduction(reduction)
-    weights = channel_weights(logits, features, targets, alpha=alpha, create_graph=create_graph, validate=False)
     return class_cams_of_weights(
-        weights,
+        class_weights(logits, features, targets, num_classes, alpha=alpha, create_graph=create_graph, validate=False),
         features if create_graph else features.detach(),
         targets,
         num_classes,
         reduction=reduction,
         normalize=normalize,
     )
+
+
+def class_weights(
+    logits: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    *,
+    alpha: Alpha | None = None,
+    create_graph: bool = False,
+    validate: bool = True,
+) -> Tensor:
+    """Σ_{i: y_i = c} α_i, (C, K), of this rank's images; the arguments are those of `class_cams`."""
+    if not isinstance(alpha, SummedAlpha) or num_classes != logits.shape[1]:
+        weights = channel_weights(logits, features, targets, alpha=alpha, create_graph=create_graph, validate=validate)
+        return sum_by_class(weights, targets.long(), num_classes)
+    check_features(logits, features)
+    check_targets(targets, len(logits), num_classes, values=validate)
+    with torch.set_grad_enabled(create_graph), torch.autocast(features.device.type, enabled=False):
+        return alpha.class_sums(targets.long()).to(torch.promote_types(features.dtype, torch.float32))
 
 
 def class_cams_of_weights(
@@ -97,23 +127,15 @@ def class_cams_of_weights(
     reduction: Reduction = "factored",
     normalize: bool = True,
 ) -> ClassCams:
-    """`class_cams` from each image's α (N, K) and A (N, K, H, W)."""
+    """`class_cams` from this rank's Σα (C, K) and A (N, K, H, W)."""
     targets = targets.long()
+    counts = count_by_class(targets, num_classes).to(weights.dtype)
     if reduction == "sums":
-        local = local_class_sums(weights, features, targets, num_classes)
+        local = ClassSums(counts, weights, sum_by_class(features.to(weights.dtype), targets, num_classes))
         cams = cams_of_sums(ClassSums(*all_reduce_sums(local, Upstream.REPLICATED)))
     else:
-        cams = _factored_cams(weights, features, targets, num_classes, over_ranks=reduction == "factored")
+        cams = _factored_cams(counts, weights, features, targets, over_ranks=reduction == "factored")
     return cams._replace(maps=normalize_maps(cams.maps)) if normalize else cams
-
-
-def local_class_sums(weights: Tensor, features: Tensor, targets: Tensor, num_classes: int) -> ClassSums:
-    """Counts, Σα and ΣA per class of one batch of one rank: α (N, K), A (N, K, H, W), targets (N,)."""
-    return ClassSums(
-        counts=_count(weights, targets, num_classes),
-        weights=_sum_by_class(weights, targets, num_classes),
-        features=_sum_by_class(features.to(weights.dtype), targets, num_classes),
-    )
 
 
 def cams_of_sums(sums: ClassSums) -> ClassCams:
@@ -132,33 +154,34 @@ def _mean_maps(maps: Tensor, counts: Tensor) -> Tensor:
     return (maps / counts.clamp(min=1).square()[:, None, None]).relu()
 
 
-def _count(like: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    return like.new_zeros(num_classes).index_add(0, targets, like.new_ones(len(targets)))
+def count_by_class(targets: Tensor, num_classes: int) -> Tensor:
+    """Samples of each class, (C,), as floats; without waiting for the device, as bincount does."""
+    ones = torch.ones(len(targets), device=targets.device)
+    return ones.new_zeros(num_classes).index_add(0, targets, ones)
 
 
-def _sum_by_class(values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+def sum_by_class(values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """Σ_{i: y_i = c} of `values` (N, …): (C, …)."""
     if values.ndim == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
         # In the order of memory, which a view keeps both ways.
-        return _sum_by_class(values.movedim(1, 3), targets, num_classes).movedim(3, 1)
+        return sum_by_class(values.movedim(1, 3), targets, num_classes).movedim(3, 1)
     # index_add rather than a one-hot matrix product: exact in float32 whatever the TF32 setting.
     sums = values.new_zeros(num_classes, math.prod(values.shape[1:])).index_add(0, targets, values.flatten(1))
     return sums.view(num_classes, *values.shape[1:])
 
 
 def _factored_cams(
-    weights: Tensor, features: Tensor, targets: Tensor, num_classes: int, *, over_ranks: bool
+    counts: Tensor, weights: Tensor, features: Tensor, targets: Tensor, *, over_ranks: bool
 ) -> ClassCams:
-    counts = _count(weights, targets, num_classes)
-    weights = _sum_by_class(weights, targets, num_classes)
+    num_classes = len(counts)
     if over_ranks:
         # The ranks' samples differ, so their gradients of Σα are partial; the counts need none.
         counts, weights = all_reduce_sums((counts, weights), Upstream.PARTIAL)
     # Σ_i Σ_k (Σα)_ck A_ik of each class: over whichever of i and k leaves less to go on with, first.
     if num_classes < len(targets):
-        maps = weighted_activations(weights, _sum_by_class(features.to(weights.dtype), targets, num_classes))
+        maps = weighted_activations(weights, sum_by_class(features.to(weights.dtype), targets, num_classes))
     else:
-        maps = _sum_by_class(weighted_activations(weights.index_select(0, targets), features), targets, num_classes)
+        maps = sum_by_class(weighted_activations(weights.index_select(0, targets), features), targets, num_classes)
     if over_ranks:
         maps = all_reduce_sum(maps, Upstream.REPLICATED)
     return ClassCams(_mean_maps(maps, counts), counts)

@@ -137,7 +137,7 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
     compile: bool = False
-    """Compile the backbone (the head, where second-order gradients are, stays as it is)."""
+    """Compile the backbone and the arithmetic of the maps (the head, differentiated twice, stays as it is)."""
     channels_last: bool = False
     """Keep images and weights in channels-last order, faster for convolutions on GPUs."""
     sync_batchnorm: bool = False

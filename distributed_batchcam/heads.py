@@ -11,7 +11,7 @@ the same.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import Alpha, gradient_of_logits
+from .class_sums import count_by_class, sum_by_class
 
 ForwardHead = Callable[[Tensor], Tensor]
 """Maps (N, K, H, W) to logits (N, C)."""
@@ -53,16 +54,64 @@ class MeanPooling(NamedTuple):
         if self.linear is not None:
             classifier = network.get_submodule(self.linear)
             assert isinstance(classifier, nn.Linear)
-            return HeadOutput(logits, partial(_row_of_weights, classifier.weight, positions))
-        return HeadOutput(logits, partial(_gradient_of_pooled, logits, pooled, positions))
+            return HeadOutput(logits, LinearAlpha(classifier.weight, positions))
+        return HeadOutput(logits, PooledAlpha(logits, pooled, positions))
 
 
-def _row_of_weights(weight: Tensor, positions: int, classes: Tensor) -> Tensor:
-    return weight.index_select(0, classes) / positions
+@dataclass(frozen=True)
+class LinearAlpha:
+    """α of a mean and a linear layer W: α = W[c] / (H·W)."""
+
+    weight: Tensor  # W (C, K)
+    positions: int  # H·W
+
+    def __call__(self, classes: Tensor) -> Tensor:
+        """Classes (N,) to α (N, K)."""
+        return self.weight.index_select(0, classes) / self.positions
+
+    def class_sums(self, targets: Tensor) -> Tensor:
+        """Targets (N,) to N_c·W[c] / (H·W), (C, K)."""
+        return self.weight * (count_by_class(targets, len(self.weight)) / self.positions)[:, None].to(self.weight.dtype)
 
 
-def _gradient_of_pooled(logits: Tensor, pooled: Tensor, positions: int, classes: Tensor) -> Tensor:
-    return gradient_of_logits(logits, pooled, classes)[:, :, 0, 0] / positions
+@dataclass(frozen=True)
+class PooledAlpha:
+    """α of a mean and anything, g: α = ∂g_c/∂mean / (H·W)."""
+
+    logits: Tensor  # (N, C)
+    pooled: Tensor  # (N, K, 1, 1)
+    positions: int  # H·W
+
+    def __call__(self, classes: Tensor) -> Tensor:
+        """Classes (N,) to α (N, K)."""
+        return gradient_of_logits(self.logits, self.pooled, classes)[:, :, 0, 0] / self.positions
+
+
+@dataclass(frozen=True)
+class HiddenAlpha:
+    """α of max-pooling, flattening, a linear layer W1, ReLU and a linear layer W2.
+
+    Max-pooling hands a gradient on to one position of each window, and so keeps its sum over positions. That sum
+    is W1's over positions, weighted by the gradient at the hidden layer h = W1·pooled + b1:
+    α_i = (W2[c] ⊙ [h_i > 0]) · Σ_{u,v} W1 / (H·W).
+    """
+
+    hidden: Tensor  # h (N, M)
+    first: Tensor  # W1 (M, K, pooled positions)
+    second: Tensor  # W2 (C, M)
+    positions: int  # H·W, before pooling
+
+    def __call__(self, classes: Tensor) -> Tensor:
+        """Classes (N,) to α (N, K)."""
+        return self._through_first(self.second.index_select(0, classes) * (self.hidden > 0))
+
+    def class_sums(self, targets: Tensor) -> Tensor:
+        """Targets (N,) to Σ_{i: y_i = c} α_i, (C, K): W2[c] stands outside of the sum."""
+        active = sum_by_class((self.hidden > 0).to(self.hidden.dtype), targets, len(self.second))
+        return self._through_first(self.second * active)
+
+    def _through_first(self, at_hidden: Tensor) -> Tensor:
+        return at_hidden @ self.first.sum(2) / self.positions
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .cam import Alpha
 from .errors import InputError, unknown_name
-from .heads import HeadOutput, MeanPooling, SelfExplaining, find_mean_pooling
+from .heads import HeadOutput, HiddenAlpha, MeanPooling, SelfExplaining, find_mean_pooling
 
 # Below this image size the paper's two timm models get its small stem, above it timm's own.
 SMALL_STEM_BELOW = 128
@@ -283,19 +283,10 @@ class SimpleCNN(nn.Module):
         return self.explained_head(features).logits
 
     def explained_head(self, features: Tensor) -> HeadOutput:
-        """(N, 64, s/2, s/2) to logits (N, C) and their α.
-
-        Max-pooling hands a gradient on to one position of each window, and so keeps its sum over positions.
-        That sum is W1's over positions, weighted by the gradient at the hidden layer h:
-        α = (W2[c] ⊙ [h > 0]) · Σ_{u,v} W1 / (H·W).
-        """
-        positions = features.shape[2] * features.shape[3]
+        """(N, 64, s/2, s/2) to logits (N, C) and their α."""
         hidden = self.fc1(F.max_pool2d(features, 2).flatten(1))
-
-        def alpha(classes: Tensor) -> Tensor:
-            at_hidden = self.fc2.weight.index_select(0, classes) * (hidden > 0)
-            return at_hidden @ self.fc1.weight.view(128, 64, self.positions).sum(2) / positions
-
+        first = self.fc1.weight.view(128, 64, self.positions)
+        alpha = HiddenAlpha(hidden, first, self.fc2.weight, features.shape[2] * features.shape[3])
         return HeadOutput(self.fc2(F.relu(hidden)), alpha)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .cam import Alpha, channel_weights, maps_of_weights
 from .checks import check_features, check_prototypes, check_targets
-from .class_sums import Reduction, check_reduction, class_cams_of_weights
+from .class_sums import Reduction, check_reduction, class_cams_of_weights, class_weights
 from .collectives import global_mean
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
 from .errors import InputError, unknown_name
@@ -28,7 +28,7 @@ Exponents = tuple[float, float, float]
 
 
 class _LossOfMaps(nn.Module):
-    """A loss in two parts: α, which may differentiate the head, and `of_weights`, what follows from α (N, K)."""
+    """A loss in two parts: α, which may differentiate the head, and `of_weights`, what follows from it."""
 
     needs_masks = False
     differentiates_images = False
@@ -179,10 +179,11 @@ class BatchCAMLoss(_PrototypeDistance):
     ) -> Tensor:
         """Neither `images` nor `batch_size` is used: the counts of the classes say it all."""
         self._check_classes(logits)
-        weights = channel_weights(
+        weights = class_weights(
             logits,
             features,
             targets,
+            len(self.prototypes),
             create_graph=torch.is_grad_enabled(),
             alpha=alpha,
             validate=self.validate,
@@ -190,7 +191,7 @@ class BatchCAMLoss(_PrototypeDistance):
         return self.of_weights(weights, features, targets)
 
     def of_weights(self, weights: Tensor, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss from α (N, K), A (N, K, H, W) and targets (N,)."""
+        """The loss from Σα of each class (C, K), A (N, K, H, W) and targets (N,)."""
         cams = class_cams_of_weights(weights, features, targets, len(self.prototypes), reduction=self.reduction)
         distances = self._distances(cams.maps, self.prototypes)
         return torch.dot(distances, (cams.counts > 0).to(distances.dtype))

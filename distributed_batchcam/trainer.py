@@ -37,6 +37,7 @@ from .evaluation import Evaluation, evaluate
 from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
 from .heartbeat import Heartbeat, lost_before_training
+from .malloc import keep_freed_memory
 from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
@@ -85,6 +86,8 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
 
 def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     accelerator = start_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
     run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
@@ -165,6 +168,8 @@ class Trainer:
         if self.objective.differentiates_images:
             _allow_double_backward(config, model)
         self.masks = _make_masks(config, data) if self.objective.needs_masks else None
+        if config.compile:
+            self.objective.compile_maps()
         with warnings.catch_warnings():
             # Newer torch renames the option that `start_accelerator` sets; Accelerate does not know the new name yet.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)

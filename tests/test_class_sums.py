@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from distributed_batchcam import class_cams, grad_cam
 from distributed_batchcam.cam import channel_weights
-from distributed_batchcam.class_sums import ClassSums, cams_of_sums, local_class_sums
+from distributed_batchcam.class_sums import ClassSums, cams_of_sums, count_by_class, sum_by_class
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 REDUCTIONS = ["factored", "sums", "local"]
@@ -115,7 +115,9 @@ def test_sums_add_up_over_batches() -> None:
 
     def sums(part: slice) -> ClassSums:
         logits, features = model(images[part])
-        return local_class_sums(channel_weights(logits, features, targets[part]), features, targets[part], 5)
+        weights = channel_weights(logits, features, targets[part])
+        by_class = [sum_by_class(values, targets[part], 5) for values in (weights, features.detach())]
+        return ClassSums(count_by_class(targets[part], 5).double(), *by_class)
 
     parts = [sums(slice(0, 2)), sums(slice(2, 6)), sums(slice(6, 7))]
     total = ClassSums(*(sum(kind) for kind in zip(*parts, strict=True)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distributed_batchcam import create_model, grad_cam
 from distributed_batchcam.cam import channel_weights
+from distributed_batchcam.class_sums import SummedAlpha, class_weights
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.heads import MeanPooling, find_mean_pooling
 from distributed_batchcam.models import CAMModel, LayerModel, SplitModel, count_gflops, count_parameters
@@ -101,6 +102,26 @@ def test_the_heads_alpha_equals_autograds_in_both_orders(name: str) -> None:
         gradients = torch.autograd.grad(scalar, list(model.parameters()), materialize_grads=True)
         results.append((weights, gradients))
     (by_autograd, first), (by_head, second) = results
+    torch.testing.assert_close(by_head, by_autograd, rtol=1e-10, atol=1e-14)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet18"])
+@pytest.mark.parametrize("targets", [[1, 5, 1], [9, 9, 9]], ids=str)
+def test_the_heads_sums_of_alpha_by_class_are_the_sums_in_both_orders(name: str, targets: list[int]) -> None:
+    torch.manual_seed(0)
+    model, classes = create_model(name).double().eval(), torch.tensor(targets)
+    results = []
+    for closed_form in (False, True):
+        output = model(images_for(28).double())
+        assert isinstance(output.alpha, SummedAlpha)
+        alpha = output.alpha if closed_form else None
+        sums = class_weights(output.logits, output.features, classes, 10, alpha=alpha, create_graph=True)
+        scalar = (sums * sums.detach().sin()).sum()
+        results.append((sums, torch.autograd.grad(scalar, list(model.parameters()), materialize_grads=True)))
+    (by_autograd, first), (by_head, second) = results
+    assert by_autograd.any(1).sum() == len(set(targets))
     torch.testing.assert_close(by_head, by_autograd, rtol=1e-10, atol=1e-14)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-13)
