@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types imports packages bench bench-gpu faults soak clean
+.PHONY: help install demo test check lint format types imports packages bench bench-gpu reproduce reproduce-cpu faults soak clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp is as new as what decides what gets installed: a second call installs nothing again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -66,6 +66,12 @@ bench: $(VENV)/.installed ## measure what the README claims, on this machine's C
 
 bench-gpu: $(VENV)/.installed ## the same on a GPU; without one, a smoke run of each on the CPU
 	$(BIN)/python -m benchmarks.gpu
+
+reproduce: $(VENV)/.installed ## the paper's tables and the decoy benchmark, all that this machine can; goes on where it stopped
+	$(BIN)/python -m benchmarks.reproduce
+
+reproduce-cpu: $(VENV)/.installed ## the same for SimpleCNN alone (hours on two cores); MNIST and Fashion-MNIST are downloaded where missing
+	$(BIN)/python -m benchmarks.reproduce --models simple_cnn
 
 faults: $(VENV)/.installed ## kill, tear, fill and fuzz; writes docs/reliability.md (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults
