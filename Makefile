@@ -76,8 +76,8 @@ reproduce-cpu: $(VENV)/.installed ## the same for SimpleCNN alone (hours on two 
 faults: $(VENV)/.installed ## kill, tear, fill and fuzz; writes docs/reliability.md (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults
 
-soak: $(VENV)/.installed ## short runs for MINUTES=120, then LAUNCHES=200: memory, files and threads stay flat
-	OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --minutes $(or $(MINUTES),120) --launches $(or $(LAUNCHES),200)
+soak: $(VENV)/.installed ## LAUNCHES=200, then short runs for MINUTES=120: memory, files and threads stay flat
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --minutes $(or $(MINUTES),120) --launches $(or $(LAUNCHES),200) $(if $(OUT),--out $(OUT))
 
 clean: ## remove .venv and caches (never runs/)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -24,6 +24,7 @@ from distributed_batchcam.config import RunConfig
 from distributed_batchcam.data import Data, Loader, dataset_prototypes, load_data
 from distributed_batchcam.data.images import TensorImages
 from distributed_batchcam.errors import InputError
+from distributed_batchcam.heartbeat import Heartbeat
 from distributed_batchcam.optim import make_optimizer, make_scheduler
 from distributed_batchcam.run_directory import RunDirectory
 from distributed_batchcam.runtime import start_accelerator
@@ -157,7 +158,8 @@ def picture_loader(data: Data, batch_size: int, workers: int, device: torch.devi
 def training_epochs(config: RunConfig, data: Data, workers: int) -> Epochs:
     """The trainer's epoch, without validation and checkpoint, and the usual loop with Accelerate."""
     accelerator = start_accelerator(config)
-    trainer = Trainer(config, accelerator, data, RunDirectory.choose(config))
+    heartbeat = Heartbeat(accelerator, config.timeout)
+    trainer = Trainer(config, accelerator, heartbeat, data, RunDirectory.choose(config))
     trainer.open_run()
     quiet: tqdm[Any] = tqdm(disable=True)
 

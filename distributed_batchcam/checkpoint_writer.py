@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpoint import Packed, pack
 from .config import Interval
-from .errors import RunFault
+from .errors import InUseError, RunFault
 from .run_directory import RunDirectory
 from .training_state import Progress
 
@@ -24,14 +24,18 @@ def keep_trying(write: Callable[[], None], what: str, seconds: float, warn: Call
     while True:
         try:
             return write()
-        except OSError as error:
-            reason = f"{what} cannot be written ({error.strerror or error})"
+        except (OSError, InUseError) as error:
+            reason = f"{what} cannot be written ({_why(error)})"
             if time.monotonic() > deadline:
                 raise RunFault(f"{reason}; once it can, --resume auto ends the run") from error
             if not warned:
                 warn(f"{reason}: make room or bring the folder back, it is tried again for {seconds:.0f} s")
                 warned = True
             time.sleep(RETRY_SECONDS)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 class CheckpointSchedule:
@@ -63,8 +67,8 @@ class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time.
 
     The state is copied before `save` returns, so training may go on; hashing, writing and fsync let other threads
-    run. One that cannot be written (a full disk, a folder that is gone) costs a warning: training goes on and the
-    next one is tried, while those before stay as they are.
+    run. One that cannot be written (a full disk, a folder that is gone or another run's) costs a warning: training
+    goes on and the next one is tried, while those before stay as they are.
     """
 
     def __init__(self, run_dir: RunDirectory, newest: int, warn: Callable[[str], None]) -> None:
@@ -104,10 +108,10 @@ class CheckpointWriter:
         try:
             self._run_dir.write_checkpoint(name, packed, best_epoch=best_epoch, newest=self._newest)
             self._unwritten = None
-        except OSError as error:
+        except (OSError, InUseError) as error:
             if self._unwritten is None:
                 self._warn(
-                    f"checkpoint {name} could not be written ({error.strerror or error}): training goes on, earlier "
+                    f"checkpoint {name} could not be written ({_why(error)}): training goes on, earlier "
                     "checkpoints are as they were; it is tried again with each one that is due"
                 )
             self._unwritten = (name, packed, best_epoch)

@@ -37,8 +37,8 @@ class Heartbeat:
     Where a collective has failed already, a short silence is enough. A main thread that waits in a collective cannot
     raise anything, so a second thread ends the process.
 
-    As a context it turns the failure of a collective into a `RunFault` that names the rank, and tells the others
-    what this rank failed of. With one process it does nothing.
+    As a context, which it is for as long as the run lives, it turns the failure of a collective into a `RunFault` that
+    names the rank, and tells the others what this rank failed of. With one process it does nothing.
     """
 
     def __init__(self, accelerator: "Accelerator", timeout: float) -> None:
@@ -66,8 +66,13 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is None or error is None or isinstance(error, Stopped):
-            return
+        try:
+            if self._thread is not None and error is not None and not isinstance(error, Stopped):
+                self._explain(error)
+        finally:
+            self._close()
+
+    def _explain(self, error: BaseException) -> None:
         if _is_of_collective(error):
             # The launcher, seeing a rank die, sends SIGTERM to the others: first the line that says which.
             with DeferredSignals("naming the process that was lost"):
@@ -76,8 +81,7 @@ class Heartbeat:
             raise RunFault(f"{reason}; the run goes on from its last checkpoint with --resume auto") from error
         self._accuse(self._rank, f"ended ({_first_line(error)})")
 
-    def close(self) -> None:
-        """The rank is about to end, and well."""
+    def _close(self) -> None:
         self._ended.set()
         if self._thread is not None:
             self._thread.join(GRACE_SECONDS)
@@ -155,13 +159,13 @@ class Heartbeat:
 
 @contextmanager
 def lost_before_training() -> Iterator[None]:
-    """One line for a process that is lost while the others meet, before there is a heartbeat to name it."""
+    """One line for a process that is lost while the processes meet, before there is a heartbeat to name it."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, RunFault) or not _is_of_collective(error):
             raise
-        raise RunFault(f"another process was lost before or after training ({_first_line(error)})") from error
+        raise RunFault(f"another process was lost while the processes met ({_first_line(error)})") from error
 
 
 def _open_store(accelerator: "Accelerator") -> Any:

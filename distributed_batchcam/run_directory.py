@@ -2,14 +2,14 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Packed, load_checkpoint, write_atomic, write_checkpoint
 from .config import RunConfig
-from .errors import InputError
+from .errors import InputError, InUseError
 from .run_lock import NAME, RunLock
 
 # What may differ between a run and its continuation without changing what is computed.
@@ -19,12 +19,13 @@ FREE_ON_RESUME = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunDirectory:
     """A folder for one run; it is made when the run is sure to start, not before."""
 
     path: Path
     resumed: bool  # it holds a run to continue
+    _lock: RunLock | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def choose(cls, config: RunConfig) -> "RunDirectory":
@@ -60,7 +61,7 @@ class RunDirectory:
         within = "" if step is None else f"_step_{step:08d}"
         return self.checkpoints / f"epoch_{epoch:05d}{within}"
 
-    def claim(self) -> RunLock:
+    def claim(self) -> None:
         """Make the folder and lock it, so that no other process trains into it.
 
         Raises:
@@ -68,16 +69,37 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(self.path)
+            self._lock = RunLock(self.path)
             if not self.resumed and (self.path / "config.yaml").exists():
-                lock.release()
-                raise InputError(f"--out {self.path} has become another run's: choose another folder")
+                self.release()
+                raise self._taken()
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.path} cannot be written: {error.strerror or error}") from error
         for left_over in self.checkpoints.glob(".epoch_*"):  # of a write or a removal that was cut off
             shutil.rmtree(left_over, ignore_errors=True)
-        return lock
+
+    def hold(self, config: RunConfig) -> None:
+        """Before anything is written: make and lock the folder again if it vanished meanwhile.
+
+        Raises:
+            InUseError: another run has begun there.
+            OSError: it cannot be made.
+        """
+        if self._lock is None or not self._lock.lost():
+            return
+        file = self.path / "config.yaml"
+        if file.exists() and file.read_text() != config.to_yaml():
+            raise self._taken()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.renew()
+        if not file.exists():
+            self.write_config(config)
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.release()
 
     def write_config(self, config: RunConfig) -> None:
         """Make the folder that of a run, and `batchcam train --config` on it repeat the run."""
@@ -85,9 +107,8 @@ class RunDirectory:
 
     def write_checkpoint(self, name: str, packed: Packed, *, best_epoch: int, newest: int) -> None:
         """Write a checkpoint; then remove all but the `newest` few and the best."""
+        self.hold(RunConfig(**packed.tree["config"]))
         write_checkpoint(self.checkpoints, name, packed)
-        if not (self.path / "config.yaml").exists():  # the folder vanished, and has been made again
-            self.write_config(RunConfig(**packed.tree["config"]))
         saved = self._saved()
         for path in saved:
             if path not in saved[-newest:] and path != self.checkpoint(best_epoch):
@@ -120,6 +141,9 @@ class RunDirectory:
             return path
         print(f"batchcam: no checkpoint in {self.path} yet: starting from the beginning", flush=True)
         return None
+
+    def _taken(self) -> InUseError:
+        return InUseError(f"--out {self.path} has become another run's: choose another folder")
 
     def _saved(self) -> list[Path]:
         return sorted(self.checkpoints.glob("epoch_*"))

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,49 +34,75 @@ class RunLock:
             OSError: the file cannot be written.
         """
         self._path = folder / NAME
-        self._file = self._path.open("a+b")
+        self._renewing = threading.Lock()
+        self._file = _take(self._path)
+
+    def lost(self) -> bool:
+        """Whether its file is gone, as it is where the folder was deleted: another process may lock a new one."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = self._holder()
-            self._file.close()
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise _in_use(folder, holder) from None
-            # ENOLCK, ENOTSUP, ENOSYS, …: this file system keeps no locks.
-            if _runs_here(holder):
-                raise _in_use(folder, holder) from None
-            print(
-                f"batchcam: the file system of {folder} keeps no locks ({error.strerror}): make sure that no other "
-                "machine trains into it",
-                flush=True,
-            )
-            self._file = self._path.open("a+b")
-        _held.add(self._file)
-        note = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        self._file.truncate(0)
-        self._file.write(json.dumps(note).encode())
-        self._file.flush()
+            return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return True
+
+    def renew(self) -> None:
+        """Take the lock again if it is lost.
+
+        Raises:
+            InUseError, OSError: as at first.
+        """
+        with self._renewing:  # checkpoints are written in a thread, beside the last files of a run
+            if self.lost():
+                old, self._file = self._file, _take(self._path)
+                _leave(old)
 
     def release(self) -> None:
         """Let others in; the empty file stays, since one that is deleted could be locked twice."""
         if self._file in _held:
-            _held.discard(self._file)
-            self._file.truncate(0)
-            with suppress(OSError):  # kept no locks
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
+            _leave(self._file)
 
-    def _holder(self) -> dict[str, object]:
-        try:
-            self._file.seek(0)
-            found = json.loads(self._file.read(1000))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+
+def _take(path: Path) -> BinaryIO:
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = _holder(file)
+        # But for these two this file system keeps no locks: ENOLCK, ENOTSUP, ENOSYS, …
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES) or _runs_here(holder):
+            file.close()
+            raise _in_use(path.parent, holder) from None
+        print(
+            f"batchcam: the file system of {path.parent} keeps no locks ({error.strerror}): make sure that no other "
+            "machine trains into it",
+            flush=True,
+        )
+    _held.add(file)
+    note = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    file.truncate(0)
+    file.write(json.dumps(note).encode())
+    file.flush()
+    return file
+
+
+def _leave(file: BinaryIO) -> None:
+    _held.discard(file)
+    file.truncate(0)
+    with suppress(OSError):  # kept no locks
+        fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
+
+
+def _holder(file: BinaryIO) -> dict[str, object]:
+    try:
+        file.seek(0)
+        found = json.loads(file.read(1000))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _in_use(folder: Path, holder: dict[str, object]) -> InUseError:

@@ -1,11 +1,11 @@
 """The training loop: one process or many, one run directory."""
 
-import json
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -14,27 +14,13 @@ from tqdm import tqdm
 
 from .agreement import Agreement
 from .bad_steps import BadSteps
-from .checkpoint import load_checkpoint, save_model, save_prototypes, write_atomic
+from .checkpoint import load_checkpoint
 from .checkpoint_writer import CheckpointSchedule, CheckpointWriter, keep_trying
 from .config import RunConfig
-from .data import (
-    DATASETS,
-    FOREGROUND,
-    Batch,
-    Data,
-    ImageSet,
-    Loader,
-    Masks,
-    dataset_prototypes,
-    load_data,
-    load_masks,
-    load_prototypes,
-    patches,
-)
+from .data import Batch, Data, ImageSet, Loader
 from .debug import DebugMonitor
 from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
-from .evaluation_files import explain_mistakes, save_evaluation
 from .explainer import Explainer
 from .heartbeat import Heartbeat, lost_before_training
 from .malloc import keep_freed_memory
@@ -43,10 +29,10 @@ from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
 from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
-from .report.html import write_report
+from .results import Results, model_metadata, write_identity
+from .run_data import facts_of, load_run_data, run_masks, run_prototypes
 from .run_directory import RunDirectory
-from .run_lock import RunLock
-from .runtime import average_buffers, decided_by_main, describe, main_first, start_accelerator
+from .runtime import average_buffers, decided_by_main, describe, start_accelerator
 from .signals import DeferredSignals, Stopped, pass_on
 from .tracking import MetricsFile, SafeTracker
 from .training_state import Progress, TrainingState
@@ -59,8 +45,6 @@ STOP_SECONDS = 20
 """Tries to write the checkpoint of a run that a signal stops: launchers kill after 30."""
 FINISH_SECONDS = 300
 """Tries to write what a finished run leaves, or half of --timeout, since the other ranks wait."""
-DEBUG_SAMPLES = 512
-_SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -95,14 +79,7 @@ def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None)
         torch.use_deterministic_algorithms(True)
         torch.autograd.set_detect_anomaly(True)
     try:
-        data = _load_data(config, accelerator)
-        _check_batch(config, len(data.train), accelerator.num_processes)
-        trainer = Trainer(config, accelerator, data, run_dir)
-        try:
-            trainer.open_run()
-            return trainer.fit(on_epoch)
-        finally:
-            trainer.close()
+        return _run(config, accelerator, run_dir, on_epoch)
     except torch.OutOfMemoryError as error:
         raise OneRankError(_out_of_memory(config, accelerator)) from error
     except Stopped as stopped:
@@ -112,15 +89,41 @@ def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None)
         torch.use_deterministic_algorithms(False)
 
 
+def _run(
+    config: RunConfig,
+    accelerator: "Accelerator",
+    run_dir: RunDirectory,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    trainer: Trainer | None = None
+    try:
+        with Heartbeat(accelerator, config.timeout) as heartbeat:
+            data = load_run_data(config, accelerator)
+            trainer = Trainer(config, accelerator, heartbeat, data, run_dir)
+            trainer.open_run()
+            return trainer.fit(on_epoch)
+    finally:
+        if trainer is not None:
+            trainer.close()
+
+
 class Trainer:
     """One run: model, data, objective, and where they stand."""
 
-    def __init__(self, config: RunConfig, accelerator: "Accelerator", data: Data, run_dir: RunDirectory) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: "Accelerator",
+        heartbeat: Heartbeat,
+        data: Data,
+        run_dir: RunDirectory,
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
+        self.heartbeat = heartbeat
         self.data = data
         self.run_dir = run_dir
-        self.prototypes = _make_prototypes(config, data)
+        self.prototypes = run_prototypes(config, data)
         device = accelerator.device
 
         # The same weights on every rank and for every world size.
@@ -167,7 +170,7 @@ class Trainer:
         ).to(device)
         if self.objective.differentiates_images:
             _allow_double_backward(config, model)
-        self.masks = _make_masks(config, data) if self.objective.needs_masks else None
+        self.masks = run_masks(config, data) if self.objective.needs_masks else None
         if config.compile:
             self.objective.compile_maps()
         with warnings.catch_warnings():
@@ -179,7 +182,6 @@ class Trainer:
         self.progress = Progress()
         self.meter = Meter(accelerator)
         self.agreement = Agreement(accelerator, timedelta(seconds=config.timeout))
-        self.heartbeat = Heartbeat(accelerator, config.timeout)
         self.state = TrainingState(
             accelerator,
             self.agreement,
@@ -199,22 +201,18 @@ class Trainer:
         self.writer = CheckpointWriter(run_dir, config.keep_checkpoints, _warn)
         self.metrics: MetricsFile | None = None
         self.tracker: SafeTracker | None = None
-        self.lock: RunLock | None = None
 
     # Run directory -----------------------------------------------------------------------------------
 
     def open_run(self) -> None:
         """Create the run directory, or take up the newest intact checkpoint of an existing one."""
-        decided_by_main(self.accelerator, self._claim)
+        decided_by_main(self.accelerator, self.run_dir.claim)
         metrics = self._resume() if self.run_dir.resumed else []
         decided_by_main(self.accelerator, lambda: self._begin_files(metrics))
 
-    def _claim(self) -> None:
-        self.lock = self.run_dir.claim()
-
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint that is intact, if any; returns the lines of metrics that were logged then."""
-        config, data = self._resolved_config(), self._data_facts()
+        config, data = self._resolved_config(), facts_of(self.data)
         chosen = decided_by_main(self.accelerator, lambda: self.run_dir.newest_intact_checkpoint(config, data))
         if chosen is None:
             return []
@@ -226,7 +224,7 @@ class Trainer:
     def _begin_files(self, metrics: list[str]) -> None:
         path, config = self.run_dir.path, self._resolved_config()
         try:
-            self._write_identity()
+            write_identity(self.run_dir, config, self.prototypes)
             self.metrics = MetricsFile(path / "metrics.jsonl", metrics)
         except OSError as error:
             raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
@@ -235,19 +233,12 @@ class Trainer:
 
     def close(self) -> None:
         """End what runs beside the training, and let others into the run directory."""
-        self.heartbeat.close()
         self.writer.close()
         if self.metrics is not None:
             self.metrics.close()
         if self.tracker is not None:
             self.tracker.close()
-        if self.lock is not None:
-            self.lock.release()
-
-    def _write_identity(self) -> None:
-        """What is needed beside weights to use them."""
-        self.run_dir.write_config(self._resolved_config())
-        save_prototypes(self.run_dir.path / "prototypes.safetensors", self.prototypes)
+        self.run_dir.release()
 
     def _headline(self) -> str:
         config, data = self.config, self.data
@@ -273,13 +264,12 @@ class Trainer:
 
     def fit(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Train to the last epoch, evaluate, and write what a finished run leaves; `on_epoch` as for `train`."""
-        with self.heartbeat:
-            with self.signals, self._progress_bar() as bar:
-                while self.progress.epoch < self.config.epochs:
-                    self.train_epoch(bar)
-                    figures = self.validate_epoch()
-                    self.end_epoch(figures, on_epoch)
-            summary = self.finish()
+        with self.signals, self._progress_bar() as bar:
+            while self.progress.epoch < self.config.epochs:
+                self.train_epoch(bar)
+                figures = self.validate_epoch()
+                self.end_epoch(figures, on_epoch)
+        summary = self.finish()
         if self.debug is not None:
             summary["debug_passed"] = self.debug.verdict()
         return summary
@@ -437,37 +427,20 @@ class Trainer:
             last = {key: value.cpu().clone() for key, value in model.state_dict().items()}
             best = self._evaluate_best(model)
             model.load_state_dict(last)
-        config, progress, figures = self.config, self.progress, test.figures()
-        summary = {
-            "model": config.model,
-            "dataset": config.dataset,
-            "objective": config.objective,
-            "weight": config.weight,
-            "image_size": self.data.image_size,
-            "seed": config.seed,
-            "epochs": config.epochs,
-            "world_size": self.accelerator.num_processes,
-            "params": self.parameters,
-            "gflops": self.gflops,
-            "test_accuracy": figures.pop("accuracy"),
-            "best_test_accuracy": None if best is None else best.accuracy,
-            "best_epoch": progress.best_epoch,
-            "best_valid_accuracy": progress.best_accuracy,
-            "validated_on": "test" if self.data.valid is self.data.test else "held-out training images",
-            "test_loss": figures.pop("loss"),
-            **figures,
-            "images_per_second": progress.images / max(progress.seconds, 1e-9),
-            "train_seconds": progress.seconds,
-            "device": describe(self.accelerator),
-            "torch": torch.__version__,
-        }
+        config, explainer = self._resolved_config(), self._explainer()
+        results = Results(config, self.data, self.prototypes, explainer, self.accelerator, test, best)
+        summary = results.summary(self.progress, self.parameters, self.gflops)
         if self.accelerator.is_main_process:
+            assert self.metrics is not None
             assert self.tracker is not None
-            seconds = min(FINISH_SECONDS, config.timeout / 2)
             keep_trying(
-                lambda: self._write_results(model, test, summary), f"the results in {self.run_dir.path}", seconds, _warn
+                partial(results.write, self.run_dir, summary, self.metrics),
+                f"the results in {self.run_dir.path}",
+                min(FINISH_SECONDS, config.timeout / 2),
+                _warn,
             )
-            self.tracker.log({f"test/{name}": value for name, value in test.figures().items()}, progress.step)
+            named = {f"test/{name}": value for name, value in test.figures().items()}
+            self.tracker.log(named, self.progress.step)
             self.tracker.finish(summary, self.run_dir.path)
         self.accelerator.wait_for_everyone()
         return summary
@@ -490,42 +463,6 @@ class Trainer:
         model.load_state_dict(state["ema" if self.ema is not None else "model"])
         return self.evaluate("test")
 
-    def _write_results(self, model: CAMModel, test: Evaluation, summary: dict[str, Any]) -> None:
-        path, data, config = self.run_dir.path, self.data, self.config
-        path.mkdir(parents=True, exist_ok=True)
-        self._write_identity()
-        save_model(path / "model.safetensors", model, self._metadata())
-        save_evaluation(
-            path,
-            "test",
-            test,
-            explain_mistakes(self._explainer(), data.test, test, data.classes, self.accelerator.device),
-            data.classes,
-            {
-                "run": str(path),
-                "dataset": config.dataset,
-                "split": "test",
-                "mask": f"foreground above {FOREGROUND}" if DATASETS[config.dataset].foreground else None,
-            },
-            f"{data.name} test set, {config.model}, {config.objective}: {test.accuracy:.2f} % right",
-        )
-        write_atomic(path / "summary.json", json.dumps(summary, indent=2).encode())
-        assert self.metrics is not None
-        self.metrics.complete()
-        write_report([path], path / "report.html")
-
-    def _metadata(self) -> dict[str, Any]:
-        """What is needed beside config.yaml to build the model again, and to feed it."""
-        data = self.data
-        return {
-            "model": self.config.model,
-            "classes": list(data.classes),
-            "channels": data.channels,
-            "image_size": data.image_size,
-            "mean": list(data.mean),
-            "std": list(data.std),
-        }
-
     # Checkpoints -------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
@@ -540,8 +477,8 @@ class Trainer:
                 self.run_dir.checkpoint(progress.epoch, within_epoch).name,
                 {
                     "config": self._resolved_config().model_dump(mode="json"),
-                    "metadata": self._metadata(),
-                    "data": self._data_facts(),
+                    "metadata": model_metadata(self.config, self.data),
+                    "data": facts_of(self.data),
                     "metrics": self.metrics.lines,
                     **state,
                 },
@@ -549,12 +486,6 @@ class Trainer:
             )
         self.schedule.saved()
         self.meter.start()
-
-    def _data_facts(self) -> dict[str, Any]:
-        """What must be the same of the data for a run to go on."""
-        data = self.data
-        counts = {f"{name} images": len(getattr(data, split)) for split, name in _SPLITS.items()}
-        return {"classes": list(data.classes), **counts}
 
     # Small things ------------------------------------------------------------------------------------
 
@@ -611,40 +542,6 @@ def _warn(line: str) -> None:
     tqdm.write(f"batchcam: {line}", file=sys.stderr)
 
 
-def _load_data(config: RunConfig, accelerator: "Accelerator") -> Data:
-    def load() -> Data:
-        return load_data(
-            config.dataset,
-            data_root=config.data_root,
-            image_size=config.image_size,
-            valid_size=config.valid_size,
-            limit=DEBUG_SAMPLES if config.debug else None,
-            cache_images=config.cache_images,
-        )
-
-    return main_first(accelerator, load) if DATASETS[config.dataset].downloads else load()
-
-
-def _make_prototypes(config: RunConfig, data: Data) -> dict[str, Tensor]:
-    """Prototypes (C, h, w) of the training and validation sets; the user's own serve both."""
-    if config.prototypes is not None:
-        own = load_prototypes(config.prototypes, data.classes, data.image_size)
-        return {"train": own, "valid": own.clone()}
-    return {
-        split: dataset_prototypes(images, data.num_classes, classes=data.classes, workers=config.workers)
-        for split, images in (("train", data.train), ("valid", data.valid))
-    }
-
-
-def _make_masks(config: RunConfig, data: Data) -> Masks:
-    """Where the training images must not be judged by: the user's masks, or the decoys' patches."""
-    if config.masks is not None:
-        return load_masks(config.masks, data.train, data.classes)
-    if data.train.corners is None:
-        raise InputError(f"--objective {config.objective} needs --masks FOLDER: {data.name} brings no masks of its own")
-    return patches(data.train)
-
-
 def _allow_double_backward(config: RunConfig, model: CAMModel) -> None:
     """Require a network that can be differentiated twice from the images on."""
     for name in ("compile", "sync_batchnorm"):
@@ -652,13 +549,3 @@ def _allow_double_backward(config: RunConfig, model: CAMModel) -> None:
             flag = name.replace("_", "-")
             raise InputError(f"--objective {config.objective} differentiates the network twice: leave --{flag} out")
     model.allow_double_backward()
-
-
-def _check_batch(config: RunConfig, images: int, processes: int) -> None:
-    if config.batch_size > images:
-        raise InputError(f"--batch-size {config.batch_size} is larger than the training set of {images:,} images")
-    if config.batch_size // config.accumulate < processes:
-        raise InputError(
-            f"--batch-size {config.batch_size} in {config.accumulate} pieces leaves nothing for some of "
-            f"{processes} processes: it is the global batch, raise it"
-        )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 
 import torch
 
@@ -28,13 +29,14 @@ DOCUMENT = Path(__file__).parents[1] / "docs/reliability.md"
 def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figures]]]:
     """Each kind of fault by name."""
     return {
-        "kills": lambda folder: [kills.at_random_moments(folder, 3 if short else 50, seed)],
+        "kills": lambda folder: [stops.at_random_moments(folder, SIGKILL, 3 if short else 50, seed)],
         "pairs": lambda folder: [kills.one_of_two(folder, 1 if short else 50, seed)],
         "writes": lambda folder: [kills.inside_writes(folder, 3 if short else None)],
         "space": lambda folder: [kills.full_disk(folder, 3 if short else None)],
         "damage": lambda folder: [damage.each_region(folder, 40 if short else 70)],
         "disks": lambda folder: [disks.small_file_systems(folder, 1 if short else 12)],
-        "stops": lambda folder: [stops.at_random_moments(folder, 2 if short else 20, seed)],
+        "read-only": lambda folder: [disks.read_only(folder, 1 if short else 12)],
+        "stops": lambda folder: [stops.at_random_moments(folder, SIGTERM, 2 if short else 20, seed)],
         "one of two": lambda folder: [stops.of_one_of_two(folder, 1 if short else 10, seed)],
         "hangs": lambda folder: [stops.of_one_rank(folder, 4, (1,) if short else (0, 1) * 3)],
         "fuzz": lambda folder: fuzz.everything(folder, 60 if short else 1500),

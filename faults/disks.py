@@ -1,4 +1,4 @@
-"""A file system that runs full, wherever in a run that is."""
+"""A file system that runs full or becomes read-only, wherever in a run that is."""
 
 import os
 import subprocess
@@ -49,13 +49,60 @@ def small_file_systems(folder: Path, sizes: int) -> Figures:
             failure = failure or difference(place / "run", whole)
             figures.count(None if failure is None else f"{kilobytes} KiB: {failure}")
         finally:
-            subprocess.run(["umount", str(place)], check=False)
+            _unmount(place)
     figures.note = (
         f"of {needed} KiB needed, from {max(16, needed // (sizes + 1))} KiB on; {went_on} trained on meanwhile"
     )
     return figures
 
 
+def read_only(folder: Path, moments: int) -> Figures:
+    """The run's folder becomes read-only, at moments spread over the run; later it is writable and the run resumed."""
+    figures = Figures("the folder becomes read-only, and writable later")
+    place, out = folder / "sealed", folder / "sealed/run"
+    place.mkdir()
+    if not (may_mount() and _seal(place) and _unmount(place)):
+        figures.note = "not tried: mounting a folder read-only is not allowed here"
+        return figures
+    whole, seconds = undisturbed(folder)
+    refused = went_on = 0
+    for number in range(moments):
+        moment = seconds * number / moments
+        child = Child(fresh(out), ["--timeout", "4"], log=folder / "sealed.log")
+        child.wait_until(moment)
+        _seal(place)
+        try:
+            status, said = child.wait(), child.said()
+        finally:
+            _unmount(place)
+        failure = traceback_in(said)
+        if status not in (0, 1, 2):
+            failure = failure or f"ended with {status}"
+        if status and not any(words in said for words in ("Read-only file system", "not a writable folder")):
+            failure = failure or f"does not say why it ended: {said[-300:]}"
+        refused += status == 2
+        went_on += "training goes on" in said
+        since = time.monotonic()
+        failure = failure or finish(out)[0]
+        figures.took("to resume and end", time.monotonic() - since)
+        failure = failure or difference(out, whole)
+        figures.count(None if failure is None else f"after {moment:.2f} s: {failure}")
+    figures.note = f"{refused} refused before training began, one line and status 2; {went_on} trained on meanwhile"
+    return figures
+
+
 def _mount(place: Path, options: str) -> bool:
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    return _succeeds("mount", "-t", "tmpfs", "-o", options, "tmpfs", place)
+
+
+def _seal(place: Path) -> bool:
+    """Cover a folder with itself, read-only: a mount with files open for writing cannot be made so."""
+    return _succeeds("mount", "--bind", place, place) and _succeeds("mount", "-o", "remount,bind,ro", place)
+
+
+def _unmount(place: Path) -> bool:
+    return _succeeds("umount", place)
+
+
+def _succeeds(*command: str | Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0

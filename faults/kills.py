@@ -1,4 +1,4 @@
-"""kill -9 at random moments, and at every moment inside a write."""
+"""Processes that die: one of two at random moments, and any at every moment inside a write."""
 
 import os
 import random
@@ -28,23 +28,6 @@ def undisturbed(folder: Path, size: int = 1) -> tuple[Path, float]:
         failure, _seconds[out] = finish(fresh(out), size=size)
         assert failure is None, failure
     return out, _seconds[out]
-
-
-def at_random_moments(folder: Path, moments: int, seed: int) -> Figures:
-    """One process, killed once, anywhere between its start and its end."""
-    figures, dice = Figures("kill -9 at a random moment, one process"), random.Random(seed)
-    whole, seconds = undisturbed(folder)
-    for _ in range(moments):
-        out, moment = fresh(folder / "killed"), dice.uniform(0, seconds)
-        child = Child(out)
-        child.wait_until(moment)
-        child.send(signal.SIGKILL)
-        child.wait()
-        failure, took = finish(out)
-        figures.took("to resume and end", took)
-        figures.count(_at(f"{moment:.2f} s", failure or difference(out, whole)))
-    figures.note = f"seed {seed}; a run takes {seconds:.1f} s"
-    return figures
 
 
 def one_of_two(folder: Path, moments: int, seed: int) -> Figures:

@@ -1,4 +1,4 @@
-"""SIGTERM at random moments, and ranks that stand still."""
+"""Signals at random moments, and ranks that stand still."""
 
 import random
 import signal
@@ -9,24 +9,28 @@ from .kills import undisturbed
 from .runs import Child, Figures, difference, finish, fresh, start_pair, traceback_in
 
 
-def at_random_moments(folder: Path, moments: int, seed: int) -> Figures:
-    """SIGTERM to one process: status 143, and the run ends as if nothing had happened."""
-    figures, dice = Figures("SIGTERM at a random moment"), random.Random(seed)
+def at_random_moments(folder: Path, number: signal.Signals, moments: int, seed: int) -> Figures:
+    """A signal to one process, anywhere between its start and its end: the run ends as if nothing had happened."""
+    figures, dice = Figures(f"{number.name} at a random moment, one process"), random.Random(seed)
+    # The signal may come after the end.
+    expected = {0, -number} if number == signal.SIGKILL else {0, 128 + number}
     whole, seconds = undisturbed(folder)
     for _ in range(moments):
-        out, moment = fresh(folder / "stopped"), dice.uniform(0.1, seconds)
+        out, moment = fresh(folder / "signalled"), dice.uniform(0.1, seconds)
         child = Child(out)
         child.wait_until(moment)
         since = time.monotonic()
-        child.send(signal.SIGTERM)
+        child.send(number)
         status = child.wait()
         figures.took("to stop", time.monotonic() - since)
         failure = traceback_in(child.said())
-        # The signal may come after the end.
-        if status not in (143, 0):
+        if status not in expected:
             failure = failure or f"ended with {status}: {child.said()[-300:]}"
-        figures.count(failure or finish(out)[0] or difference(out, whole))
-    figures.note = f"seed {seed}"
+        resumed, took = finish(out)
+        figures.took("to resume and end", took)
+        failure = failure or resumed or difference(out, whole)
+        figures.count(None if failure is None else f"{moment:.2f} s: {failure}")
+    figures.note = f"seed {seed}; a run takes {seconds:.1f} s"
     return figures
 
 

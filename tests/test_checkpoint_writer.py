@@ -13,6 +13,7 @@ from distributed_batchcam.cli import run
 from distributed_batchcam.config import Interval, make_config
 from distributed_batchcam.errors import InputError, RunFault
 from distributed_batchcam.run_directory import RunDirectory
+from distributed_batchcam.run_lock import NAME
 from distributed_batchcam.training_state import Progress
 
 
@@ -128,6 +129,7 @@ def test_a_run_directory_that_vanishes_comes_back_with_the_next_checkpoint(tmp_p
             gone.rename(tmp_path / "moved")
 
     trainer.train(make_config({**options_of_small(), "epochs": 2, "out": gone}), vanish)
+    assert (gone / NAME).exists(), "it is locked anew"
     assert_same_result(gone, tmp_path / "undisturbed")
     assert run(["evaluate", str(gone), "--device", "cpu"]) == 0
 

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tracking", "report", "run_directory", "training_state"),
     ("checkpoint_writer", "bad_steps"),
     ("evaluation_files", "explanation_files"),
+    ("results", "run_data"),
     ("trainer",),
     ("evaluate_run", "doctor"),
     ("explain_run",),

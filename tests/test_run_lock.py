@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 from launching import environment
 from short_runs import train
 
-from distributed_batchcam.errors import InputError
+from distributed_batchcam.config import make_config
+from distributed_batchcam.errors import InputError, InUseError
+from distributed_batchcam.run_directory import RunDirectory
 from distributed_batchcam.run_lock import NAME, RunLock
 
 HOLD = "import sys, time; from pathlib import Path; from distributed_batchcam.run_lock import RunLock\n"
@@ -43,6 +46,33 @@ def test_a_lock_is_free_again_after_its_release(tmp_path: Path) -> None:
         RunLock(tmp_path)
     lock.release()
     RunLock(tmp_path).release()
+
+
+def test_a_run_whose_folder_vanished_locks_the_new_one_and_leaves_another_runs_alone(tmp_path: Path) -> None:
+    config = make_config({"epochs": 3, "out": tmp_path / "run"})
+    directory = RunDirectory(tmp_path / "run", resumed=False)
+    directory.claim()
+    directory.write_config(config)
+    directory.hold(config)
+    shutil.rmtree(directory.path)
+    directory.hold(config)
+    assert (directory.path / "config.yaml").read_text() == config.to_yaml()
+    with pytest.raises(InUseError, match=f"in use by another process .pid {os.getpid()}"):
+        RunLock(directory.path)
+
+    shutil.rmtree(directory.path)
+    other = RunDirectory(directory.path, resumed=False)
+    other.claim()
+    with pytest.raises(InUseError, match=f"in use by another process .pid {os.getpid()}"):
+        directory.hold(config)
+    theirs = make_config({"epochs": 5})
+    other.write_config(theirs)
+    other.release()
+    for _ in range(2):
+        with pytest.raises(InUseError, match="has become another run's"):
+            directory.hold(config)
+    assert (directory.path / "config.yaml").read_text() == theirs.to_yaml()
+    directory.release()
 
 
 ORPHAN = "import os, sys, time; from pathlib import Path; from distributed_batchcam.run_lock import RunLock\n"

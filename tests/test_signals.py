@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT stop a run after a whole step."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from launching import environment
+from PIL import Image
 from short_runs import assert_same_result, checkpoints_of, options_of_small, train
 
 from distributed_batchcam import trainer
@@ -63,6 +66,39 @@ def test_outside_the_main_thread_and_where_signals_are_ignored_no_handler_is_tou
     thread.start()
     thread.join()
     assert found == [before]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_process_group_leaves_the_decoders_to_the_main_process(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    folders, out = tmp_path / "images", tmp_path / "run"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16), dtype=np.uint8)
+    for place, image in enumerate(pixels):
+        folder = folders / f"class{place % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{place}.png")
+    options = ["--dataset", "imagefolder", "--data-root", str(folders), "--cache-images", "no", "--workers", "2"]
+    options += ["--image-size", "16", "--batch-size", "8", "--device", "cpu", "--epochs", "500", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distributed_batchcam", "train", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints/epoch_00001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)  # which waits for the decoders too, as they hold the pipe
+    assert process.returncode == status, said
+    assert len(said.strip().splitlines()) == 2, said
+    assert "--resume auto" in said
+    assert checkpoints_of(out)
 
 
 SECOND = """

@@ -1,6 +1,11 @@
 """Batches of images on the device: indexed there when the images are in memory, streamed otherwise."""
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +18,7 @@ from distributed_batchcam.prototypes import PrototypeSums
 
 from .images import ImageSet, TensorImages
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PROTOTYPE_VALUES = 1 << 24  # summed at a time, as floats: 64 MiB
 
 
@@ -140,6 +146,7 @@ class _Stream:
             persistent_workers=workers > 0,
             # Otherwise each epoch would draw from the global generator, and dropout would depend on it.
             generator=torch.Generator(),
+            worker_init_fn=_serve_to_the_end,
         )
 
     def read(self, shares: list[Tensor]) -> Iterator[Tensor]:
@@ -149,7 +156,8 @@ class _Stream:
             InputError: a file that cannot be read.
         """
         self._shares.current = shares
-        stream = iter(self._loader)
+        with _deaf():  # the decoders are forked here, and inherit it
+            stream = iter(self._loader)
         for _ in shares:
             # The workers serve one epoch at a time, and would hand out the other one's images here.
             if self._shares.current is not shares:
@@ -158,6 +166,35 @@ class _Stream:
             if isinstance(images, str):
                 raise InputError(images)
             yield images.to(self._device, non_blocking=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let SIGTERM and SIGINT wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve_to_the_end(worker: int) -> None:
+    """In a decoder: signals to all processes of a run are the main process's to answer, which needs it until it stops.
+
+    Ctrl-C reaches the whole process group, and schedulers send SIGTERM to every process of a job. Of the main process
+    itself SIGTERM is the word to end; should it die without a word, torch ends its decoders within seconds.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    if sys.platform == "darwin":  # which does not say who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    else:
+        threading.Thread(target=_obey_main_process, name="signals", daemon=True).start()
+
+
+def _obey_main_process() -> None:
+    while signal.sigwaitinfo(_STOPPING).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _Shares(Sampler[list[int]]):

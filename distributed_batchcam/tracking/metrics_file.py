@@ -66,7 +66,6 @@ class MetricsFile:
 
     def _begin(self) -> None:
         """Write all lines, then append."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path, self._content())
         self._file = self._path.open("a", buffering=1)
 
