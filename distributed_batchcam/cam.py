@@ -105,11 +105,11 @@ def gradient_of_logits(logits: Tensor, source: Tensor, classes: Tensor) -> Tenso
     return pull_back(logits, source, torch.zeros_like(logits).scatter_(1, classes[:, None], 1))
 
 
-def pull_back(outputs: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
-    """Σ_c w_ic ∂outputs[i, c]/∂source_i with cotangents w (N, C), as `gradient_of_logits` otherwise."""
+def pull_back(outputs: Tensor, source: Tensor, cotangents: Tensor, name: str = "features") -> Tensor:
+    """Σ_c w_ic ∂outputs[i, c]/∂source_i with cotangents w (N, C), as `gradient_of_logits`; `name` is for messages."""
     if not (outputs.requires_grad and source.requires_grad):
         raise ValueError(
-            "logits and features carry no autograd graph: compute both with gradients enabled "
+            f"logits and {name} carry no autograd graph: compute both with gradients enabled "
             "(not under torch.no_grad, torch.inference_mode or after detach)"
         )
     (gradient,) = torch.autograd.grad(
@@ -123,7 +123,7 @@ def pull_back(outputs: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
     )
     if gradient is None:
         raise ValueError(
-            "features are not in the autograd graph of the logits: "
+            f"{name} are not in the autograd graph of the logits: "
             "pass the very tensor from which the logits were computed"
         )
     return gradient

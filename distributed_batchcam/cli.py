@@ -199,18 +199,18 @@ def _prototypes(arguments: list[str]) -> int:
     parser = _command_parser("prototypes", "Write a data set's class prototypes as images, for train --prototypes.")
     parser.add_argument("--dataset", required=True, help="data set to average")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets")
-    parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels (default: the data set's own)")
     parser.add_argument(
-        "--per-class", type=int, metavar="N", help="average N training images of each class (default: all)"
+        "--image-size", type=_positive, metavar="N", help="side in pixels (default: the data set's own)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws these images (0)")
+    parser.add_argument(
+        "--per-class", type=_positive, metavar="N", help="average N training images of each class (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws these images (default: 0)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder: one PNG per class")
     options = _parse(parser, arguments)
-    if options.per_class is not None and options.per_class < 1:
-        raise InputError(f"--per-class must be 1 or more, got {options.per_class}")
 
     from .data import dataset_prototypes, load_data, random_selection, save_prototype_images
-    from .explanation_files import require_new
+    from .explanation_files import NewFolder, require_new
 
     require_new(options.out)
     data = load_data(options.dataset, data_root=options.data_root, image_size=options.image_size, valid_size=0)
@@ -218,8 +218,9 @@ def _prototypes(arguments: list[str]) -> int:
     if options.per_class is not None:
         images = images.subset(random_selection(images.targets, options.per_class, data.classes, options.seed))
     prototypes = dataset_prototypes(images, data.num_classes, classes=data.classes)
-    paths = save_prototype_images(options.out, prototypes, data.classes)
-    print(f"batchcam: {len(paths)} prototypes of {len(images):,} images in {options.out}")
+    with NewFolder(options.out) as folder:
+        save_prototype_images(folder, prototypes, data.classes)
+    print(f"batchcam: {len(prototypes)} prototypes of {len(images):,} images in {options.out}")
     return _DONE
 
 

@@ -42,7 +42,7 @@ def save_explanations(explanations: Explanations, folder: str | Path, *, sheet: 
     """
     folder = Path(folder)
     names = _file_names(explanations.names)
-    with _NewFolder(folder) as aside:
+    with NewFolder(folder) as aside:
         if sheet:
             pictures = [f"sheet-{number}.png" for number in range(1, 1 + _save_sheets(explanations, aside))]
         else:
@@ -86,7 +86,7 @@ def save_class_explanations(evaluation: Evaluation, classes: Sequence[str], fold
         }
         for index, name in enumerate(classes)
     ]
-    with _NewFolder(folder) as aside:
+    with NewFolder(folder) as aside:
         save_class_maps(aside / "class_maps.png", evaluation.prototypes, rows, classes, title)
         (aside / "class_maps.json").write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
         maps = {label: maps.numpy() for label, (maps, _) in rows.items()}
@@ -183,7 +183,7 @@ def _file_names(names: Sequence[str]) -> list[str]:
     return [f"{number:0{width}}-{name}" for number, name in enumerate(safe, 1)]
 
 
-class _NewFolder:
+class NewFolder:
     """A folder that appears whole at the end, or not at all."""
 
     def __init__(self, path: Path) -> None:

@@ -4,6 +4,7 @@ To add an objective: write an `nn.Module` with the call of `CAMLoss` below and g
 `CAM_LOSSES`. Configuration, command line, trainer and reports pick it up from there.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,10 +312,7 @@ def _contrastive_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
 
 
 def _prototype_support_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
-    try:
-        return PrototypeSupportLoss(prototypes, options.support, validate=False)
-    except ValueError as error:  # prototypes are the user's
-        raise InputError(str(error)) from None
+    return PrototypeSupportLoss(prototypes, options.support, validate=False)
 
 
 def _right_reasons_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
@@ -348,7 +346,7 @@ def parse_objective(text: str) -> tuple[Term, ...]:
     """The terms of an objective: `bcpl_l1+10psl` is bcpl_l1 and 10 times psl; `baseline` has none.
 
     Raises:
-        InputError: an unknown name, a factor of 0, or a name that comes twice.
+        InputError: an unknown name, `baseline` in a sum, a factor of 0, or a name that comes twice.
     """
     if text == "baseline":
         return ()
@@ -356,11 +354,14 @@ def parse_objective(text: str) -> tuple[Term, ...]:
     for part in text.split("+"):
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)?(.*)", part, re.DOTALL)
         assert found is not None
+        if found[2] == "baseline":
+            raise InputError(f"objective {text!r}: baseline adds nothing, leave it out of the sum")
         if found[2] not in CAM_LOSSES:
-            raise unknown_name("objective", found[2], OBJECTIVES, "sums are written bcpl_l1+10psl")
+            known = f"known: {', '.join(OBJECTIVES)}, and sums such as bcpl_l1+10psl"
+            raise unknown_name("objective", found[2], OBJECTIVES, known)
         terms.append(Term(float(found[1] or 1), found[2]))
-    if min(term.factor for term in terms) == 0 or len({term.name for term in terms}) < len(terms):
-        raise InputError(f"objective {text!r} must name each loss once, with a factor above 0")
+    if len({term.name for term in terms}) < len(terms) or not all(0 < term.factor < math.inf for term in terms):
+        raise InputError(f"objective {text!r} must name each loss once, with a finite factor above 0")
     return tuple(terms)
 
 
@@ -446,7 +447,11 @@ class Objective(nn.Module):
         batch_size: int | None = None,
         masks: Tensor | None = None,
     ) -> LossParts:
-        """`images` (N, ch, h, w) in [0, 1]; `batch_size` is the size of the global batch; `masks` (N, h, w)."""
+        """`images` (N, ch, h, w) in [0, 1]; `batch_size` is the size of the global batch; `masks` (N, h, w), bool.
+
+        Raises:
+            ValueError: no masks where the objective needs them.
+        """
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         entropies = F.cross_entropy(scores, targets, reduction="none", label_smoothing=self.label_smoothing)
         classification = global_mean(entropies, batch_size)
@@ -454,8 +459,12 @@ class Objective(nn.Module):
             return LossParts(self.class_weight * classification, classification, torch.zeros_like(classification))
         values = []
         for factor, loss in zip(self.factors, self.losses, strict=True):
-            more = {"masks": masks} if loss.needs_masks and masks is not None else {}
-            value = loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size, **more)
+            further = {}
+            if loss.needs_masks:
+                if masks is None:
+                    raise ValueError(f"objective {self.name} needs masks (N, h, w), true where evidence must not be")
+                further["masks"] = masks
+            value = loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size, **further)
             values.append(value if factor == 1 else factor * value)
         cam = values[0] if len(values) == 1 else torch.stack(values).sum()
         return LossParts(self.class_weight * classification + self.weight * cam, classification, cam)

@@ -1,7 +1,7 @@
 """Losses on where the evidence must *not* come from: outside a class's support, or inside an image's mask.
 
-All three square a gradient of the logits, and differentiate it once more. `PrototypeSupportLoss` and
-`MaskedGradCAMLoss` differentiate the head alone, as every loss on CAMs; `RightReasonsLoss` the whole network.
+All three square what a gradient of the logits gives, and differentiate it once more. `PrototypeSupportLoss` and
+`MaskedGradCAMLoss` differentiate the head twice, as every loss on CAMs; `RightReasonsLoss` the whole network.
 """
 
 import torch
@@ -12,6 +12,7 @@ from .cam import Alpha, channel_weights, maps_of_weights, pull_back
 from .checks import check_features, check_prototypes, check_targets
 from .collectives import global_mean
 from .distances import resize_maps
+from .errors import InputError
 
 SUPPORT = 0.05  # value of a prototype (0 to 1) from which on a pixel belongs to its class's support
 
@@ -33,7 +34,8 @@ class PrototypeSupportLoss(nn.Module):
     that DDP's average over ranks is the mean over the global batch.
 
     Raises:
-        ValueError: wrong shapes, or a prototype without any pixel outside (or inside) of its support.
+        ValueError: wrong shapes.
+        InputError: a prototype without any pixel outside (or inside) of its support.
     """
 
     needs_masks = False
@@ -46,9 +48,9 @@ class PrototypeSupportLoss(nn.Module):
         outside = prototypes.detach() < support
         shares = outside.flatten(1).float().mean(1).tolist()
         if useless := [str(c) for c, share in enumerate(shares) if share in (0, 1)]:
-            raise ValueError(
-                f"the prototypes of classes {', '.join(useless)} are below the support of {support:g} nowhere or "
-                "everywhere: set another, or supply prototypes that are dark where nothing should count"
+            raise InputError(
+                f"prototypes of classes (counted from 0) {', '.join(useless)} are below the support {support:g} "
+                "everywhere or nowhere: choose another, or prototypes that are dark where nothing should count"
             )
         self.register_buffer("outside", outside, persistent=False)
         self.validate = validate
@@ -65,9 +67,12 @@ class PrototypeSupportLoss(nn.Module):
     ) -> Tensor:
         """Neither `images` nor `alpha` is used: α is a spatial mean, and here each position counts."""
         check_features(logits, features)
+        if logits.shape[1] != len(self.outside):
+            raise ValueError(f"{len(self.outside)} prototypes (C, h, w) for logits of {logits.shape[1]} classes")
         check_targets(targets, len(logits), len(self.outside), values=self.validate)
         with torch.autocast(features.device.type, enabled=False):
-            evidence = _gradient_of_log_probabilities(logits, features) * features
+            gradient = _gradient_of_log_probabilities(logits, features, "features")
+            evidence = gradient * features.to(gradient.dtype)
             relevance = resize_maps(evidence.square().sum(1), (self.outside.shape[1], self.outside.shape[2]))
             losses = (relevance * self.outside[targets.long()]).sum((1, 2))
         return global_mean(losses, batch_size)
@@ -84,8 +89,12 @@ class RightReasonsLoss(nn.Module):
     Args:
         validate: check target values in every call.
 
-    Called with `(logits (N, C), features, targets (N,), images (N, ch, h, w) that require a gradient,
-    masks=(N, h, w))`: true where the input must not matter. The second-order gradient goes through the whole network.
+    Called with `(logits (N, C), features, targets (N,), images (N, ch, h, w), masks=(N, h, w))`: logits computed
+    from images that require a gradient, masks true where the input must not matter. The second-order gradient goes
+    through the whole network. Where that takes batch statistics, what an image does to the others' logits counts too.
+
+    Raises:
+        ValueError: wrong shapes, targets out of range, or logits that do not depend on the images.
     """
 
     needs_masks = True
@@ -107,10 +116,11 @@ class RightReasonsLoss(nn.Module):
         batch_size: int | None = None,
     ) -> Tensor:
         """Neither `features` nor `alpha` is used."""
+        check_features(logits, features)
         check_targets(targets, len(logits), logits.shape[1], values=self.validate)
-        _check_masks(masks, images)
+        _check_masks(masks, images, len(logits))
         with torch.autocast(images.device.type, enabled=False):
-            gradient = _gradient_of_log_probabilities(logits, images)
+            gradient = _gradient_of_log_probabilities(logits, images, "images")
             losses = (gradient.square() * masks[:, None]).sum((1, 2, 3))
         return global_mean(losses, batch_size)
 
@@ -121,13 +131,17 @@ class RightReasonsLoss(nn.Module):
 class MaskedGradCAMLoss(nn.Module):
     """RRR-G: the target's Grad-CAM must not lie inside each image's mask (Schramowski et al. 2020).
 
-    RRR-G = 1/N Σ_i Σ_uv (mask_i ⊙ resize(M_i))²_uv, with M_i min-max scaled. Published code takes α for a constant;
-    here the gradient goes through α too, as in all of Batch-CAM.
+    RRR-G = 1/N Σ_i Σ_uv (mask_i ⊙ resize(M_i))²_uv with M_i of the target class, min-max scaled. Published code takes
+    α for a constant; here the gradient goes through α too, as in all of Batch-CAM.
 
     Args:
         validate: check target values in every call.
 
-    Called with `(logits (N, C), features (N, K, H, W), targets (N,), images (N, ch, h, w), masks=(N, h, w))`.
+    Called with `(logits (N, C), features (N, K, H, W), targets (N,), images (N, ch, h, w), masks=(N, h, w))`: masks
+    true where the map must not be.
+
+    Raises:
+        ValueError: wrong shapes, or targets out of range.
     """
 
     needs_masks = True
@@ -148,11 +162,11 @@ class MaskedGradCAMLoss(nn.Module):
         alpha: Alpha | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        check_targets(targets, len(logits), logits.shape[1], values=self.validate)
-        _check_masks(masks, images)
+        """Of `images` the shape alone is used."""
         weights = channel_weights(
-            logits, features, targets, create_graph=torch.is_grad_enabled(), alpha=alpha, validate=False
+            logits, features, targets, create_graph=torch.is_grad_enabled(), alpha=alpha, validate=self.validate
         )
+        _check_masks(masks, images, len(logits))
         with torch.autocast(features.device.type, enabled=False):
             maps = resize_maps(maps_of_weights(weights, features), (masks.shape[1], masks.shape[2]))
             losses = (maps.square() * masks).sum((1, 2))
@@ -162,14 +176,18 @@ class MaskedGradCAMLoss(nn.Module):
         """Nothing: beside α there is too little to gain."""
 
 
-def _gradient_of_log_probabilities(logits: Tensor, source: Tensor) -> Tensor:
-    """∂/∂source_i Σ_c log p_ic, of the shape of `source`; differentiable if gradients are enabled."""
-    log_probabilities = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-    return pull_back(log_probabilities, source, torch.ones_like(log_probabilities))
+def _gradient_of_log_probabilities(logits: Tensor, source: Tensor, name: str) -> Tensor:
+    """∂/∂source_i Σ_c log p_ic, float32 or better; differentiable if gradients are enabled."""
+    # ∂/∂L_ik Σ_c log p_ic = 1 - C·p_ik. As a cotangent it needs no graph of its own, which no_grad would not give it.
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    cotangents = 1 - logits.shape[1] * F.softmax(scores, dim=1)
+    gradient = pull_back(logits, source, cotangents.to(logits.dtype), name)
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _check_masks(masks: Tensor, images: Tensor) -> None:
-    if images.ndim != 4 or masks.shape != (len(images), *images.shape[2:]):
+def _check_masks(masks: Tensor, images: Tensor, samples: int) -> None:
+    if images.ndim != 4 or masks.shape != (len(images), *images.shape[2:]) or len(images) != samples:
         raise ValueError(
-            f"images (N, ch, h, w) need masks (N, h, w), got {tuple(images.shape)} and {tuple(masks.shape)}"
+            f"images and masks of {samples} samples must have shapes (N, ch, h, w) and (N, h, w), "
+            f"got {tuple(images.shape)} and {tuple(masks.shape)}"
         )

@@ -63,13 +63,22 @@ class TinyNet(nn.Module):
 def sample_batch(
     samples: int = 7, num_classes: int = 5, in_chans: int = 1, seed: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (N, ch, 10, 10) in [0, 1], targets (N,) and prototypes (C, 8, 8), in float64."""
+    """Images (N, ch, 10, 10) in [0, 1], targets (N,) and prototypes (C, 8, 8), each dark in a corner; in float64."""
     generator = torch.Generator().manual_seed(seed)
     brightness = torch.logspace(-1, 1, samples, 5, dtype=torch.float64).view(-1, 1, 1, 1)
     images = torch.rand(samples, in_chans, 10, 10, dtype=torch.float64, generator=generator) ** brightness
     targets = torch.randint(num_classes, (samples,), generator=generator)
     prototypes = torch.rand(num_classes, 8, 8, dtype=torch.float64, generator=generator)
+    prototypes[:, 0, 0] = 0
     return images, targets, prototypes
+
+
+def sample_masks(samples: int = 7, seed: int = 2) -> Tensor:
+    """Masks (N, 10, 10), bool, for the images of `sample_batch`: the first empty, others of half the pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(samples, 10, 10, generator=generator) < 0.5
+    masks[0] = samples == 1
+    return masks
 
 
 # --- maps -----------------------------------------------------------------------------------------
@@ -240,8 +249,17 @@ def cam_part(
     direction: str = "cam",
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     margin: float = 1.0,
+    masks: Tensor | None = None,
+    support: float = 0.05,
 ) -> float:
-    """The unweighted loss on the CAMs, of any of the objectives (eq. 1, 10, 11)."""
+    """The unweighted loss on the explanations, of any of the objectives (eq. 1, 10, 11)."""
+    right_reasons = {
+        "psl": lambda: prototype_support(model, images, targets, prototypes, support),
+        "rrr": lambda: input_gradients_inside(model, images, masks),
+        "rrr_g": lambda: maps_inside(model, images, targets, masks),
+    }
+    if name in right_reasons:
+        return right_reasons[name]()
     kind, _, measure = name.partition("_")
 
     def d(cam: Tensor, prototype: Tensor) -> float:
@@ -264,4 +282,55 @@ def cam_part(
         norm = math.sqrt(sum(value**2 for value in difference))
         predicted = gradient_by_hook(model, image, 0)[2].argmax()
         total += norm**2 if predicted == y else max(0.0, margin - norm) ** 2
+    return total / len(images)
+
+
+# --- right for the right reasons ------------------------------------------------------------------
+
+
+def log_probabilities_gradient(network: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+    """∂/∂source Σ_c log p_c of one sample's logits `network(source)`, by a backward pass for each class."""
+    total = torch.zeros_like(source)
+    for c in range(network(source[None]).shape[1]):
+        leaf = source.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            logits = network(leaf[None])[0]
+            (gradient,) = torch.autograd.grad(logits[c] - logits.exp().sum().log(), leaf)
+        total += gradient
+    return total
+
+
+def prototype_support(
+    model: TinyNet, images: Tensor, targets: Tensor, prototypes: Tensor, support: float = 0.05
+) -> float:
+    """PSL, image by image and pixel by pixel."""
+    total = 0.0
+    for image, y in zip(images, targets.tolist(), strict=True):
+        features = model.backbone(image[None])[0].detach()
+        gradient = log_probabilities_gradient(model.head, features)
+        relevance = torch.zeros(features.shape[1:], dtype=torch.float64)
+        for k in range(len(features)):
+            relevance += (gradient[k] * features[k]) ** 2
+        resized = resize(relevance, tuple(prototypes.shape[1:])).tolist()
+        for row, prototype in zip(resized, prototypes[y].tolist(), strict=True):
+            total += sum(value for value, wanted in zip(row, prototype, strict=True) if wanted < support)
+    return total / len(images)
+
+
+def input_gradients_inside(model: TinyNet, images: Tensor, masks: Tensor) -> float:
+    """RRR (Ross et al. 2017, eq. 2), image by image and pixel by pixel; a mean over images."""
+    total = 0.0
+    for image, mask in zip(images, masks.tolist(), strict=True):
+        for channel in log_probabilities_gradient(lambda x: model(x)[0], image).tolist():
+            for row, inside in zip(channel, mask, strict=True):
+                total += sum(value**2 for value, within in zip(row, inside, strict=True) if within)
+    return total / len(images)
+
+
+def maps_inside(model: TinyNet, images: Tensor, targets: Tensor, masks: Tensor) -> float:
+    """RRR-G, image by image and pixel by pixel."""
+    total = 0.0
+    for cam, mask in zip(grad_cams(model, images, targets), masks.tolist(), strict=True):
+        for row, inside in zip(resize(cam, (len(mask), len(mask[0]))).tolist(), mask, strict=True):
+            total += sum(value**2 for value, within in zip(row, inside, strict=True) if within)
     return total / len(images)

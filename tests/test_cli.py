@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launching import SMALL, batchcam, environment
 from PIL import Image
 
+from distributed_batchcam import compute_prototypes, create_model
 from distributed_batchcam.cli import run
-from distributed_batchcam.config import RunConfig
+from distributed_batchcam.config import RunConfig, make_config
+from distributed_batchcam.data import load_data, load_prototypes, random_selection, save_prototype_images
+from distributed_batchcam.errors import InputError
+from distributed_batchcam.trainer import _allow_double_backward
 
 
 def image_folder(root: Path, classes: dict[str, int]) -> Path:
@@ -41,6 +46,11 @@ BAD_FLAGS = [
     (["--sync-batchnorm"], "--sync-batchnorm needs GPUs"),
     (["--valid-size", "5"], "valid"),
     (["--prototypes", "/nowhere"], "/nowhere"),
+    (["--objective", "bcpl_l1+pls"], "unknown objective 'pls'; did you mean psl"),
+    (["--objective", "rrr"], "--objective rrr needs --masks FOLDER: digits brings no masks of its own"),
+    (["--objective", "psl+rrr_g"], "--objective psl+rrr_g needs --masks FOLDER"),
+    (["--objective", "rrr", "--masks", "/nowhere"], "no folder /nowhere; name the one with the masks"),
+    (["--objective", "rrr", "--dataset", "decoy_digits", "--compile"], "leave --compile out"),
     (["--dataset", "mnist", "--data-root", "/nowhere"], "/nowhere"),
     (["--config", "/nowhere.yaml"], "cannot read configuration /nowhere.yaml"),
 ]
@@ -157,6 +167,103 @@ def test_help_imports_no_heavy_package() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr
+
+
+def test_help_of_train_lists_the_objectives() -> None:
+    said = " ".join(batchcam("train", "--help").stdout.split())
+    assert "contrastive, psl, rrr, rrr_g)" in said
+
+
+def test_input_gradients_with_shared_batch_statistics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model)  # GPUs only
+    model = create_model("simple_cnn", image_size=16)
+    config = make_config({"objective": "rrr", "sync_batchnorm": True})
+    with pytest.raises(InputError, match="--objective rrr differentiates the network twice: leave --sync-batchnorm"):
+        _allow_double_backward(config, model)
+
+
+def test_prototypes_of_a_data_set_are_images_that_train_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new folder" / "prototypes"
+    assert run(["prototypes", "--dataset", "digits", "--image-size", "16", "--out", str(out)]) == 0
+    assert f"10 prototypes of 1,438 images in {out}" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [f"{digit}.png" for digit in range(10)]
+    data = load_data("digits", image_size=16, valid_size=0)
+    expected = compute_prototypes(data.train.images.double() / 255, data.train.targets, 10)
+    torch.testing.assert_close(load_prototypes(out, data.classes, 16).double(), expected, rtol=0, atol=0.51 / 255)
+    assert run(["train", *SMALL, "--epochs", "1", "--prototypes", str(out), "--out", str(tmp_path / "run")]) == 0
+
+
+def test_prototypes_of_a_few_images_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    def drawn(name: str, *flags: str) -> torch.Tensor:
+        out = tmp_path / name
+        assert run(["prototypes", "--dataset", "digits", "--per-class", "2", "--out", str(out), *flags]) == 0
+        return load_prototypes(out, tuple("0123456789"), 8)
+
+    first, same, other = drawn("a"), drawn("b", "--seed", "0"), drawn("c", "--seed", "1")
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    images = load_data("digits", valid_size=0).train
+    images = images.subset(random_selection(images.targets, 2, tuple("0123456789"), 1))
+    expected = compute_prototypes(images.images.double() / 255, images.targets, 10)
+    found = load_prototypes(tmp_path / "c", tuple("0123456789"), expected.shape[1])
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.51 / 255)
+
+
+def test_prototypes_of_classes_with_odd_names(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "data", {"<script>alert(1)<": 12, "$\\frac{": 12, "naïve 猫": 12})
+    for index, path in enumerate(sorted(root.rglob("*.png"))):
+        image = Image.new("RGB", (12, 12), (20, 100, 50))
+        image.putpixel((index % 12, 3), (255, 255, 255))
+        image.save(path)
+    out, data = tmp_path / "prototypes", ["--dataset", "imagefolder", "--data-root", str(root), "--image-size", "12"]
+    assert run(["prototypes", *data, "--out", str(out)]) == 0
+    options = ["--batch-size", "8", "--valid-size", "3", "--epochs", "1", "--device", "cpu", "--objective", "psl"]
+    assert run(["train", *data, *options, "--prototypes", str(out), "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("support", ["0.4", "0.9"], ids=["nowhere below", "everywhere below"])
+def test_prototypes_without_an_inside_or_an_outside_are_refused_for_psl(
+    support: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "prototypes"
+    folder.mkdir()
+    save_prototype_images(folder, 0.5 + 0.3 * torch.rand(10, 16, 16), tuple("0123456789"))
+    flags = ["--objective", "psl", "--support", support, "--prototypes", str(folder), "--out", str(tmp_path / "run")]
+    assert run(["train", *SMALL, *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert f"0, 1, 2, 3, 4, 5, 6, 7, 8, 9 are below the support {support} everywhere or nowhere" in said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "digist"], "unknown dataset 'digist'; did you mean digits"),
+        (["--dataset", "digits", "--per-class", "1000"], "class '0' has 142 image(s), not 1000; choose fewer"),
+        (["--dataset", "digits", "--per-class", "0"], "argument --per-class: must be at least 1, got 0"),
+        (["--dataset", "digits", "--image-size", "0"], "argument --image-size: must be at least 1, got 0"),
+        (["--dataset", "mnist", "--data-root", "/nowhere"], "/nowhere"),
+        ([], "the following arguments are required: --dataset"),
+    ],
+)
+def test_prototypes_that_cannot_be_are_one_line_and_leave_nothing(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["prototypes", *flags, "--out", str(tmp_path / "prototypes")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prototypes_overwrite_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "3.png").write_text("mine")
+    assert run(["prototypes", "--dataset", "digits", "--out", str(tmp_path)]) == 2
+    assert "exists already: name a new folder" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_doctor_says_what_is_there_and_what_to_do_about_the_rest(

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracles import TinyNet, sample_batch
+from oracles import TinyNet, sample_batch, sample_masks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -53,16 +53,18 @@ class Case:
     def loss(self, model: nn.Module, share: list[int]) -> LossParts:
         """Loss parts of the samples of `share`; `model` maybe within DDP."""
         images, _, prototypes = sample_batch(SAMPLES)
-        logits, features = model(images[share])
-        alpha = getattr(model, "module", model).alpha(features) if self.with_alpha else None
         objective = Objective(self.objective, prototypes, weight=CAM_WEIGHT, options=self.options)
+        images = images[share].requires_grad_(objective.differentiates_images)
+        logits, features = model(images)
+        alpha = getattr(model, "module", model).alpha(features) if self.with_alpha else None
         return objective(
             logits,
             features,
             TARGETS[share],
-            images[share],
+            images,
             alpha=alpha,
             batch_size=SAMPLES if self.knows_batch_size else None,
+            masks=sample_masks(SAMPLES)[share] if objective.needs_masks else None,
         )
 
 
@@ -74,13 +76,17 @@ CASES = {
     },
     **{
         f"{name}, batch size {'given' if given else 'not given'}": Case(name, knows_batch_size=given)
-        for name in ("baseline", "pl_l1", "pl_l2", "pl_ssim", "contrastive")
+        for name in ("baseline", "pl_l1", "pl_l2", "pl_ssim", "contrastive", "psl", "rrr", "rrr_g")
         for given in (True, False)
     },
     "pl_l2, target class": Case("pl_l2", options=CAMLossOptions(cam_class="target")),
     "pl_l1, closed-form α": Case("pl_l1", with_alpha=True),
     "bcpl_l1, closed-form α": Case("bcpl_l1", with_alpha=True),
     "bcpl_l2, sums, closed-form α": Case("bcpl_l2", with_alpha=True, options=CAMLossOptions(reduction="sums")),
+    "rrr_g, closed-form α": Case("rrr_g", with_alpha=True),
+    "psl, support": Case("psl", options=CAMLossOptions(support=0.5)),
+    "sum of bcpl_l1 and psl": Case("bcpl_l1+0.1psl"),
+    "sum of pl_l1, rrr and rrr_g": Case("pl_l1+0.1rrr+2rrr_g", knows_batch_size=False),
     "bcpl_ssim, exponents": Case("bcpl_ssim", options=CAMLossOptions(ssim_exponents=(2, 0.5, 1))),
 }
 
@@ -104,6 +110,10 @@ TRAFFIC = {
     "pl_l1, batch size given": ([], []),
     "pl_ssim, batch size given": ([], []),
     "contrastive, batch size given": ([], []),
+    "psl, batch size given": ([], []),
+    "rrr, batch size given": ([], []),
+    "rrr_g, batch size given": ([], []),
+    "sum of bcpl_l1 and psl": (FACTORED, [C * K]),
     # One for the cross-entropy, one for the loss on the maps.
     "pl_l1, batch size not given": ([1, 1], []),
     "contrastive, batch size not given": ([1, 1], []),

@@ -11,7 +11,10 @@ from distributed_batchcam.errors import InputError
 
 
 def test_resolved_yaml_repeats_the_configuration(tmp_path: Path) -> None:
-    config = make_config({"lr": "3e-3", "model": "resnet18", "ssim_exponents": ["1", "2", "0.5"], "pretrained": "w.pt"})
+    config = make_config(
+        {"lr": "3e-3", "model": "resnet18", "ssim_exponents": ["1", "2", "0.5"], "pretrained": "w.pt"}
+        | {"objective": "bcpl_l1+0.5rrr", "masks": "drawn/masks", "support": "0.1"}
+    )
     tracked = make_config({"tracker": "wandb", "group": "a sweep", "tags": ["a", "b c"]})
     file = tmp_path / "config.yaml"
     for one in (config, tracked):
@@ -51,6 +54,14 @@ BAD = [
     ({"batch_size": 0}, "--batch-size 0"),
     ({"batch_size": 10, "accumulate": 3}, "--batch-size 10 cannot be cut into --accumulate 3"),
     ({"objective": "bcpl_l3"}, "unknown objective 'bcpl_l3'; did you mean bcpl_l2 or bcpl_l1"),
+    ({"objective": "bcpl_l1+pls"}, "unknown objective 'pls'; did you mean psl"),
+    ({"objective": "baseline+psl"}, "objective 'baseline+psl': baseline adds nothing"),
+    ({"objective": "psl+2psl"}, "objective 'psl+2psl' must name each loss once"),
+    ({"objective": 3}, "--objective 3"),
+    ({"objective": "bcpl_l1+10psl", "weight": 0}, "--weight 0 makes bcpl_l1+10psl a baseline"),
+    ({"support": 0}, "--support 0"),
+    ({"support": 1}, "--support 1"),
+    ({"masks": True}, "--masks True: needs a value"),
     ({"dataset": "mnits"}, "unknown dataset 'mnits'; did you mean mnist"),
     ({"precision": "fp8"}, "--precision 'fp8': input should be 'no', 'fp16' or 'bf16'"),
     ({"momentum": 1.0}, "--momentum 1.0"),

@@ -363,3 +363,18 @@ def test_compiling_with_a_named_layer_is_refused() -> None:
     model: CAMModel = create_model("resnet18", target_layer="layer2")
     with pytest.raises(InputError, match="--compile needs the default target layer"):
         model.compile_backbone()
+
+
+def test_fused_attention_before_the_target_can_be_differentiated_twice_where_that_is_allowed() -> None:
+    def second_gradient(model: CAMModel) -> Tensor:
+        images = images_for(64).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(images).logits.square().sum(), images, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), images)[0]
+
+    model = create_model("vit_tiny_patch16_224", image_size=64)
+    before = model(images_for(64)).logits
+    with pytest.raises(RuntimeError, match="not implemented"):
+        second_gradient(model)
+    model.allow_double_backward()
+    assert second_gradient(model).any()
+    torch.testing.assert_close(model(images_for(64)).logits, before)

@@ -1,5 +1,6 @@
 """The losses and the objectives: values against loops, gradients against finite differences."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -7,12 +8,20 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import TinyNet, sample_batch
+from oracles import TinyNet, sample_batch, sample_masks
 from torch import Tensor
 from torch.testing import assert_close
 
-from distributed_batchcam import BatchCAMLoss, ContrastiveCAMLoss, PrototypeLoss
-from distributed_batchcam.objectives import OBJECTIVES, CAMLossOptions, Objective
+from distributed_batchcam import (
+    BatchCAMLoss,
+    ContrastiveCAMLoss,
+    MaskedGradCAMLoss,
+    PrototypeLoss,
+    PrototypeSupportLoss,
+    RightReasonsLoss,
+)
+from distributed_batchcam.errors import InputError
+from distributed_batchcam.objectives import OBJECTIVES, CAMLossOptions, LossParts, Objective, parse_objective
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 DISTANCE_NAMES = ["l1", "l2", "ssim"]
@@ -22,8 +31,16 @@ ODD_EXPONENTS = (1.5, 0.5, 2.0)
 
 def test_the_names_of_the_objectives_are_a_contract() -> None:
     assert set(OBJECTIVES) == {
-        *("baseline", "pl_l1", "pl_l2", "pl_ssim", "bcpl_l1", "bcpl_l2", "bcpl_ssim", "contrastive")
+        *("baseline", "pl_l1", "pl_l2", "pl_ssim", "bcpl_l1", "bcpl_l2", "bcpl_ssim", "contrastive"),
+        *("psl", "rrr", "rrr_g"),
     }
+
+
+def parts_of(objective: Objective, model: TinyNet, images: Tensor, targets: Tensor) -> LossParts:
+    """As a trainer calls it: images that require a gradient, and masks, where the objective asks for them."""
+    images = images.detach().requires_grad_(objective.differentiates_images)
+    masks = sample_masks(len(images)).to(images.device) if objective.needs_masks else None
+    return objective(*model(images), targets, images, masks=masks)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -35,13 +52,12 @@ def test_the_names_of_the_objectives_are_a_contract() -> None:
 def test_objective_is_that_of_loops(name: str, in_chans: int, head: str, device: torch.device) -> None:
     model = TinyNet(in_chans=in_chans, head=head).double()
     images, targets, prototypes = sample_batch(in_chans=in_chans)
-    cam = oracles.cam_part(name, model, images, targets, prototypes)
+    cam = oracles.cam_part(name, model, images, targets, prototypes, masks=sample_masks())
     classification = oracles.cross_entropy(model(images)[0], targets)
     assert (cam > 0.01) == (name != "baseline")
 
     objective = Objective(name, prototypes, weight=0.7, class_weight=0.9).to(device)
-    logits, features = model.to(device)(images.to(device))
-    parts = objective(logits, features, targets.to(device), images.to(device))
+    parts = parts_of(objective, model.to(device), images.to(device), targets.to(device))
     for found, expected in zip(parts, (0.9 * classification + 0.7 * cam, classification, cam), strict=True):
         assert_close(found.item(), expected, **EXACT)
 
@@ -89,6 +105,7 @@ def test_options_change_what_they_say_they_change() -> None:
     assert value("bcpl_l1", resize="prototypes") != pytest.approx(value("bcpl_l1"))
     assert value("bcpl_ssim", ssim_exponents=ODD_EXPONENTS) != pytest.approx(value("bcpl_ssim"))
     assert value("contrastive", margin=9.0) != pytest.approx(value("contrastive"))
+    assert value("psl", support=0.5) > value("psl")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -136,6 +153,98 @@ def test_label_smoothing_is_that_of_the_cross_entropy() -> None:
     assert_close(parts.total, F.cross_entropy(logits, targets, label_smoothing=0.1), **EXACT)
 
 
+# --- sums -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("baseline", ()),
+        ("psl", ((1, "psl"),)),
+        ("0.5psl", ((0.5, "psl"),)),
+        ("bcpl_l1+10psl", ((1, "bcpl_l1"), (10, "psl"))),
+        ("2rrr_g+0.25pl_ssim+rrr", ((2, "rrr_g"), (0.25, "pl_ssim"), (1, "rrr"))),
+    ],
+)
+def test_sums_are_read_as_they_are_written(text: str, terms: tuple[tuple[float, str], ...]) -> None:
+    assert parse_objective(text) == terms
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bcpl_l1+pls", r"unknown objective 'pls'; did you mean .*psl.*\? \(known: baseline, pl_l1.*sums such as"),
+        ("bcpl_l1 + psl", r"unknown objective 'bcpl_l1 '; did you mean bcpl_l1"),
+        ("bcpl_l1+", "unknown objective ''"),
+        ("", "unknown objective ''"),
+        ("-1psl", "unknown objective '-1psl'; did you mean psl"),
+        ("1e3psl", "unknown objective 'e3psl'; did you mean psl"),
+        ("psl\n", r"unknown objective 'psl\\n'; did you mean psl"),
+        ("baseline+psl", r"objective 'baseline\+psl': baseline adds nothing, leave it out of the sum"),
+        ("2baseline", "objective '2baseline': baseline adds nothing"),
+        ("psl+2psl", r"objective 'psl\+2psl' must name each loss once, with a finite factor above 0"),
+        ("bcpl_l1+0psl", ".* must name each loss once, with a finite factor above 0"),
+        pytest.param(f"{'9' * 400}psl", ".* must name each loss once, with a finite factor", id="infinite factor"),
+    ],
+)
+def test_sums_that_cannot_be_read_are_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        parse_objective(text)
+
+
+def test_a_sum_is_the_sum_of_its_terms_times_their_factors() -> None:
+    model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
+    terms = {"bcpl_l1": 1, "psl": 10, "rrr": 0.5, "rrr_g": 2}
+    expected = sum(
+        factor * oracles.cam_part(name, model, images, targets, prototypes, masks=sample_masks())
+        for name, factor in terms.items()
+    )
+    objective = Objective("bcpl_l1+10psl+0.5rrr+2rrr_g", prototypes, weight=0.7)
+    parts = parts_of(objective, model, images, targets)
+    assert_close(parts.cam.item(), expected, **EXACT)
+    assert_close(parts.total, parts.classification + 0.7 * parts.cam, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs_masks", "differentiates_images"),
+    [
+        ("baseline", False, False),
+        ("bcpl_l1+psl", False, False),
+        ("rrr_g", True, False),
+        ("psl+rrr_g", True, False),
+        ("psl+rrr", True, True),
+    ],
+)
+def test_a_sum_needs_what_one_of_its_terms_needs(name: str, needs_masks: bool, differentiates_images: bool) -> None:
+    objective = Objective(name, sample_batch()[2])
+    assert objective.needs_masks == needs_masks
+    assert objective.differentiates_images == differentiates_images
+
+
+@pytest.mark.parametrize("support", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("head", ["pool", "flat"])
+def test_support_decides_what_is_outside(head: str, support: float) -> None:
+    model, (images, targets, prototypes) = TinyNet(head=head).double(), sample_batch()
+    expected = oracles.prototype_support(model, images, targets, prototypes, support)
+    assert_close(PrototypeSupportLoss(prototypes, support)(*model(images), targets).item(), expected, **EXACT)
+
+
+def test_nothing_inside_the_support_or_outside_the_masks_costs() -> None:
+    """Features that are dark outside; maps and input gradients of pixels that no mask holds."""
+    model, (images, targets, _) = TinyNet(head="flat").double(), sample_batch()
+    images.requires_grad_()
+    logits, features = model(images)
+    nothing = torch.zeros(7, 10, 10, dtype=torch.bool)
+    for loss in (RightReasonsLoss(), MaskedGradCAMLoss()):
+        assert loss(logits, features, targets, images, masks=nothing).item() == 0
+        assert loss(logits, features, targets, images, masks=~nothing).item() > 0
+    left = torch.zeros(5, 5, 10, dtype=torch.float64)
+    left[:, :, 4:] = 1
+    dark = torch.cat([torch.zeros(7, 6, 5, 2).double(), torch.rand(7, 6, 5, 3).double()], 3).requires_grad_()
+    assert PrototypeSupportLoss(left[:, :, ::2])(model.head(dark), dark, targets).item() == 0
+    assert PrototypeSupportLoss(1 - left[:, :, ::2])(model.head(dark), dark, targets).item() > 0
+
+
 # --- absent classes and other edges ---------------------------------------------------------------
 
 
@@ -164,8 +273,8 @@ def test_absent_class_adds_nothing(distance: str, reduction: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_batch_of_one(name: str) -> None:
     model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
-    expected = oracles.cam_part(name, model, images[:1], targets[:1], prototypes)
-    parts = Objective(name, prototypes)(*model(images[:1]), targets[:1], images[:1])
+    expected = oracles.cam_part(name, model, images[:1], targets[:1], prototypes, masks=sample_masks(1))
+    parts = parts_of(Objective(name, prototypes), model, images[:1], targets[:1])
     assert_close(parts.cam.item(), expected, **EXACT)
 
 
@@ -173,13 +282,13 @@ def test_batch_of_one(name: str) -> None:
 def test_batch_of_one_class_only(name: str) -> None:
     model, (images, _, prototypes) = TinyNet().double(), sample_batch()
     targets = torch.full((7,), 3)
-    expected = oracles.cam_part(name, model, images, targets, prototypes)
-    parts = Objective(name, prototypes)(*model(images), targets, images)
+    expected = oracles.cam_part(name, model, images, targets, prototypes, masks=sample_masks())
+    parts = parts_of(Objective(name, prototypes), model, images, targets)
     assert_close(parts.cam.item(), expected, **EXACT)
 
 
 @pytest.mark.parametrize("resize", ["cam", "prototypes"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "rrr"])
 @pytest.mark.parametrize("kind", ["dead", "constant", "one by one"])
 def test_constant_maps_leave_values_and_gradients_finite(name: str, kind: str, resize: str) -> None:
     size = 1 if kind == "one by one" else 4
@@ -187,9 +296,10 @@ def test_constant_maps_leave_values_and_gradients_finite(name: str, kind: str, r
     weight = torch.full((5, 2), -1.0 if kind == "dead" else 1.0, dtype=torch.float64, requires_grad=True)
     hidden = torch.tanh(features.mean((2, 3)))
     images, _, prototypes = sample_batch(samples=3)
-    prototypes[0] = 0
+    if name != "psl":
+        prototypes[0] = 0
     parts = Objective(name, prototypes, options=CAMLossOptions(resize=resize))(
-        hidden @ weight.T, features, torch.tensor([0, 1, 2]), images
+        hidden @ weight.T, features, torch.tensor([0, 1, 2]), images, masks=sample_masks(3)
     )
     parts.total.backward()
     assert parts.total.isfinite()
@@ -283,7 +393,41 @@ def test_gradient_of_the_contrastive_loss(kind: str, margin: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pool", "flat"])
-@pytest.mark.parametrize("name", ["pl_l1", "bcpl_l1", "contrastive"])
+def test_gradient_of_the_prototype_support_loss(kind: str) -> None:
+    loss = PrototypeSupportLoss(torch.rand(4, 5, 5, dtype=torch.float64), support=0.5)
+    assert gradient_is_right(kind, lambda logits, features: loss(logits, features, TARGETS))
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+def test_gradient_of_the_masked_grad_cam_loss(kind: str) -> None:
+    images, masks = torch.rand(4, 3, 10, 10), sample_masks(4)
+    loss = MaskedGradCAMLoss()
+    assert gradient_is_right(kind, lambda logits, features: loss(logits, features, TARGETS, images, masks=masks))
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+def test_gradient_of_the_right_reasons_loss(kind: str) -> None:
+    """Of a network that begins with the head: its images are what the head is given."""
+    loss, masks = RightReasonsLoss(), sample_masks(4)[:, :4, :4]
+    assert gradient_is_right(kind, lambda logits, images: loss(logits, images, TARGETS, images, masks=masks))
+
+
+def test_gradient_of_the_right_reasons_loss_goes_through_the_backbone() -> None:
+    model, (images, targets, prototypes) = TinyNet(head="pool").double(), sample_batch(3)
+    objective = Objective("rrr", prototypes, class_weight=0, weight=1)
+    names = ["backbone.0.weight", "backbone.2.bias", "fc1.weight"]
+    weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def loss(*weights: Tensor) -> Tensor:
+        called = partial(torch.func.functional_call, model, dict(zip(names, weights, strict=True)))
+        return parts_of(objective, called, images, targets).total
+
+    assert all(gradient.any() for gradient in torch.autograd.grad(loss(*weights), weights, allow_unused=False)[::2])
+    assert torch.autograd.gradcheck(loss, weights)
+
+
+@pytest.mark.parametrize("kind", ["pool", "flat"])
+@pytest.mark.parametrize("name", ["pl_l1", "bcpl_l1", "contrastive", "rrr_g", "bcpl_l1+0.5psl+2rrr_g"])
 def test_closed_form_alpha_gives_the_same_loss_and_gradients(name: str, kind: str) -> None:
     model, (images, targets, prototypes) = TinyNet(head=kind).double(), sample_batch()
     objective = Objective(name, prototypes)
@@ -291,7 +435,7 @@ def test_closed_form_alpha_gives_the_same_loss_and_gradients(name: str, kind: st
     def run(with_alpha: bool) -> list[Tensor]:
         features = model.backbone(images)
         alpha = model.alpha(features) if with_alpha else None
-        parts = objective(model.head(features), features, targets, images, alpha=alpha)
+        parts = objective(model.head(features), features, targets, images, alpha=alpha, masks=sample_masks())
         return [parts.total, *torch.autograd.grad(parts.total, list(model.parameters()))]
 
     for closed_form, general in zip(run(True), run(False), strict=True):
@@ -324,13 +468,13 @@ def test_compiled_maps_give_the_same_loss_and_gradients(
 def test_loss_without_gradients_carries_no_graph() -> None:
     """Validation: logits under gradients, for the maps; the loss under no_grad."""
     model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
-    logits, features = model(images)
+    logits, features = model(images.requires_grad_())
     for name in OBJECTIVES:
-        objective = Objective(name, prototypes)
+        objective = partial(Objective(name, prototypes), logits, features, targets, images, masks=sample_masks())
         with torch.no_grad():
-            parts = objective(logits, features, targets, images)
+            parts = objective()
         assert not parts.total.requires_grad
-        assert_close(parts, tuple(part.detach() for part in objective(logits, features, targets, images)))
+        assert_close(parts, tuple(part.detach() for part in objective()))
 
 
 # --- precision, devices, state --------------------------------------------------------------------
@@ -341,9 +485,9 @@ def test_under_autocast_parts_are_float32_and_train(name: str, device: torch.dev
     model, (images, targets, prototypes) = TinyNet().to(device), sample_batch()
     images, targets = images.float().to(device), targets.to(device)
     objective = Objective(name, prototypes.float()).to(device)
-    expected = objective(*model(images), targets, images)
+    expected = parts_of(objective, model, images, targets)
     with torch.autocast(device.type, torch.bfloat16):
-        parts = objective(*model(images), targets, images)
+        parts = parts_of(objective, model, images, targets)
     parts.total.backward()
     assert {part.dtype for part in parts} == {torch.float32}
     assert_close(parts.cam, expected.cam, rtol=0.1, atol=0)
@@ -362,7 +506,7 @@ def test_parts_are_float32_or_better(
     images, targets, prototypes = (tensor.to(device) for tensor in sample_batch())
     model = TinyNet().to(device, given_dtype)
     objective = Objective(name, prototypes.float()).to(device)
-    parts = objective(*model(images.to(given_dtype)), targets, images)
+    parts = parts_of(objective, model, images.to(given_dtype), targets)
     assert {part.dtype for part in parts} == {expected}
     parts.total.backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
@@ -400,6 +544,12 @@ PROTOTYPES = torch.rand(5, 4, 4)
         (lambda: ContrastiveCAMLoss(0), "margin must be a positive number, got 0"),
         (lambda: ContrastiveCAMLoss(-1.0), "margin must be a positive number, got -1.0"),
         (lambda: ContrastiveCAMLoss(float("nan")), "margin must be a positive number, got nan"),
+        (lambda: PrototypeSupportLoss(torch.rand(5, 1, 4, 4)), r"prototypes must have shape \(C, h, w\)"),
+        (
+            lambda: PrototypeSupportLoss(PROTOTYPES * 0),
+            "classes .* 0, 1, 2, 3, 4 are below the support 0.05 everywhere",
+        ),
+        (lambda: PrototypeSupportLoss(PROTOTYPES, 1e-9), "below the support 1e-09 everywhere or nowhere"),
         (lambda: Objective("bcpl", PROTOTYPES), "unknown objective 'bcpl'; did you mean bcpl_l"),
         (lambda: Objective("pl_l1", PROTOTYPES, weight=-1), "weights of the losses must not be negative, got -1"),
         (lambda: Objective("pl_l1", PROTOTYPES, class_weight=-2), "must not be negative, got 0.1 and -2"),
@@ -415,10 +565,13 @@ LOSSES = {
     "PrototypeLoss, target": PrototypeLoss(PROTOTYPES, cam_class="target"),
     "BatchCAMLoss": BatchCAMLoss(PROTOTYPES),
     "ContrastiveCAMLoss": ContrastiveCAMLoss(),
+    "PrototypeSupportLoss": PrototypeSupportLoss(PROTOTYPES, 0.5),
+    "MaskedGradCAMLoss": partial(MaskedGradCAMLoss(), masks=torch.ones(3, 10, 10)),
 }
+RIGHT_REASONS = partial(RightReasonsLoss(), masks=torch.ones(3, 10, 10))
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES.values(), RIGHT_REASONS], ids=[*LOSSES, "RightReasonsLoss"])
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -436,7 +589,7 @@ def test_bad_targets_are_named(
         loss(*TinyNet()(images), targets, images)
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES.values(), RIGHT_REASONS], ids=[*LOSSES, "RightReasonsLoss"])
 @pytest.mark.parametrize(
     ("logits", "features", "message"),
     [
@@ -462,8 +615,35 @@ def test_missing_graph_is_named(loss: Callable[[Tensor, Tensor, Tensor, Tensor],
         loss(logits.detach(), features.detach(), targets, images)
 
 
-@pytest.mark.parametrize("loss", [PrototypeLoss(PROTOTYPES), BatchCAMLoss(PROTOTYPES)])
-def test_prototypes_of_another_number_of_classes_are_named(loss: PrototypeLoss | BatchCAMLoss) -> None:
+def test_input_gradients_without_a_graph_from_the_images_are_named() -> None:
+    images, targets = torch.rand(3, 1, 10, 10), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="logits and images carry no autograd graph"):
+        RIGHT_REASONS(*TinyNet()(images), targets, images)
+    with pytest.raises(ValueError, match="images are not in the autograd graph of the logits"):
+        RIGHT_REASONS(*TinyNet()(images), targets, images.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["rrr", "rrr_g", "bcpl_l1+rrr_g"])
+def test_missing_masks_are_named(name: str) -> None:
+    images = torch.rand(3, 1, 10, 10, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"objective {re.escape(name)} needs masks \(N, h, w\)"):
+        Objective(name, PROTOTYPES)(*TinyNet()(images), torch.tensor([0, 1, 2]), images)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (3, 1, 10, 10), (2, 10, 10)], ids=str)
+@pytest.mark.parametrize("loss", [RightReasonsLoss(), MaskedGradCAMLoss()])
+def test_masks_of_a_wrong_shape_are_named(loss: RightReasonsLoss | MaskedGradCAMLoss, shape: tuple[int, ...]) -> None:
+    images = torch.rand(3, 1, 10, 10, requires_grad=True)
+    with pytest.raises(ValueError, match=r"masks of 3 samples must have shapes \(N, ch, h, w\) and \(N, h, w\)"):
+        loss(*TinyNet()(images), torch.tensor([0, 1, 2]), images, masks=torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "loss", [PrototypeLoss(PROTOTYPES), BatchCAMLoss(PROTOTYPES), PrototypeSupportLoss(PROTOTYPES, 0.5)]
+)
+def test_prototypes_of_another_number_of_classes_are_named(
+    loss: PrototypeLoss | BatchCAMLoss | PrototypeSupportLoss,
+) -> None:
     images = torch.rand(3, 1, 10, 10)
     with pytest.raises(ValueError, match=r"5 prototypes .* for logits of 6 classes"):
         loss(*TinyNet(num_classes=6)(images), torch.tensor([0, 1, 2]))

@@ -15,6 +15,7 @@ from distributed_batchcam import create_model
 from distributed_batchcam.checkpoint import load_run
 from distributed_batchcam.cli import run
 from distributed_batchcam.config import make_config
+from distributed_batchcam.data import load_data
 from distributed_batchcam.objectives import OBJECTIVES
 from distributed_batchcam.trainer import train as fit
 
@@ -173,11 +174,15 @@ def test_resume_with_other_options_names_the_difference(
     assert (copy / "config.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("baseline", "bcpl_l1")])
+@pytest.mark.parametrize(
+    "objective", [*(name for name in OBJECTIVES if name not in ("baseline", "bcpl_l1")), "bcpl_l1+10psl"]
+)
 def test_every_objective_trains(objective: str, tmp_path: Path) -> None:
-    assert train(tmp_path / "run", "--epochs", "1", "--objective", objective) == 0
+    """On the decoys, whose patches are the masks where an objective needs some."""
+    assert train(tmp_path / "run", "--epochs", "1", "--dataset", "decoy_digits", "--objective", objective) == 0
     losses = [line["loss_cam"] for line in lines_of(tmp_path / "run", "train")]
     assert all(loss > 0 for loss in losses)
+    assert summary_of(tmp_path / "run")["objective"] == objective
 
 
 OPTIONS = {
@@ -190,6 +195,11 @@ OPTIONS = {
     "sums, other direction": ["--reduction", "sums", "--resize", "prototypes"],
     "exponents": ["--objective", "bcpl_ssim", "--ssim-exponents", "1", "0.5", "2"],
     "target class": ["--objective", "pl_l2", "--cam-class", "target"],
+    "input gradients": ["--objective", "rrr", "--dataset", "decoy_digits", "--clip-norm", "1", "--accumulate", "2"],
+    "input gradients, bf16": [
+        *("--objective", "rrr", "--dataset", "decoy_digits", "--precision", "bf16", "--channels-last"),
+    ],
+    "support": ["--objective", "psl", "--support", "0.2"],
     "named layer": ["--model", "resnet18", "--target-layer", "layer2", "--image-size", "8"],
 }
 
@@ -234,6 +244,80 @@ def test_users_own_prototypes_are_trained_towards_and_saved(tmp_path: Path) -> N
     assert saved["train"][3, 5, 4] == 1
     assert saved["train"][3, 5, 12] == 0
     assert torch.equal(saved["train"], saved["valid"])
+
+
+def masks_of_digits(folder: Path) -> Path:
+    """A mask per class: the left half of the images of even digits, the right half of odd ones."""
+    from PIL import Image
+
+    folder.mkdir()
+    for digit in range(10):
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, (8 * (digit % 2), 0, 8 * (digit % 2) + 8, 16))
+        mask.save(folder / f"{digit}.png")
+    return folder
+
+
+def input_gradient_shares(run_dir: Path) -> list[float]:
+    """For even digits and for odd ones, the share of squared input gradients in the left half of test images."""
+    data = load_data("digits", image_size=16)
+    model = load_run(run_dir).model.eval()
+    images = data.normalize(data.test.images.float() / 255).requires_grad_()
+    scores = model(images).logits.log_softmax(1)
+    gradient = torch.autograd.grad(scores.sum(), images)[0].square().sum(1)
+    halves = gradient[:, :, :8].sum((1, 2)), gradient.sum((1, 2))
+    even = data.test.targets % 2 == 0
+    return [(halves[0][group].sum() / halves[1][group].sum()).item() for group in (even, ~even)]
+
+
+def test_users_own_masks_say_where_the_input_must_not_matter(tmp_path: Path) -> None:
+    masks = masks_of_digits(tmp_path / "masks")
+    options = ["--epochs", "3", "--objective", "rrr", "--masks", str(masks)]
+    assert train(tmp_path / "weak", *options, "--weight", "1e-6") == 0
+    assert train(tmp_path / "strong", *options, "--weight", "1") == 0
+    even, odd = input_gradient_shares(tmp_path / "strong")
+    even_before, odd_before = input_gradient_shares(tmp_path / "weak")
+    assert even < even_before - 0.1
+    assert odd > odd_before + 0.1
+    assert str(masks) in (tmp_path / "strong/config.yaml").read_text()
+
+
+def test_a_run_with_masks_repeats_and_resumes(tmp_path: Path) -> None:
+    options = ["--objective", "0.5rrr+rrr_g", "--masks", str(masks_of_digits(tmp_path / "masks"))]
+    whole = tmp_path / "whole"
+    assert train(whole, "--epochs", "2", *options) == 0
+    assert run(["train", "--config", str(whole / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert_same_weights(whole, tmp_path / "again")
+    copy = interrupted_copy(whole, tmp_path / "killed", epoch=1)
+    assert train(copy, "--epochs", "2", *options, "--resume", "auto") == 0
+    assert_same_weights(whole, copy)
+
+
+def test_accumulated_input_gradients_follow_the_whole_batch(tmp_path: Path) -> None:
+    options = ["--epochs", "1", "--dataset", "decoy_digits", "--objective", "rrr+rrr_g"]
+    for name, pieces in (("whole", "1"), ("pieces", "4")):
+        assert train(tmp_path / name, *options, "--accumulate", pieces) == 0
+    whole, pieces_ = lines_of(tmp_path / "whole", "train")[-1], lines_of(tmp_path / "pieces", "train")[-1]
+    assert whole["loss_cam"] == pytest.approx(pieces_["loss_cam"], rel=1e-3)
+
+
+def test_a_transformer_with_fused_attention_trains_on_input_gradients(tmp_path: Path) -> None:
+    options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--objective", "rrr", "--debug"]
+    assert train(tmp_path / "run", "--epochs", "3", "--lr", "3e-4", "--dataset", "decoy_digits", *options) == 0
+
+
+def test_ten_clean_prototypes_keep_a_model_from_the_decoy(tmp_path: Path) -> None:
+    """What the project is for: right for the right reasons where training and validation images mislead."""
+    prototypes = tmp_path / "prototypes"
+    assert run(["prototypes", "--dataset", "digits", "--image-size", "28", "--out", str(prototypes)]) == 0
+    options = ["--dataset", "decoy_digits", "--image-size", "28", "--epochs", "8"]
+    assert train(tmp_path / "baseline", *options, "--objective", "baseline") == 0
+    psl = ["--objective", "psl", "--weight", "1", "--prototypes", str(prototypes)]
+    assert train(tmp_path / "psl", *options, *psl) == 0
+    misled, right = (summary_of(tmp_path / name)["test_accuracy"] for name in ("baseline", "psl"))
+    assert lines_of(tmp_path / "baseline", "valid")[-1]["accuracy"] > 95
+    assert right > misled + 20
+    assert right > 80
 
 
 def test_debug_mode_ends_with_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ray.tune.search import Searcher
 
 DONE, SOME_FAILED = 0, 1
-_PATHS = ("data_root", "prototypes", "pretrained")
+_PATHS = ("data_root", "prototypes", "pretrained", "masks")
 
 
 @dataclass(frozen=True)

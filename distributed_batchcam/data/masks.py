@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from distributed_batchcam.errors import InputError
+from distributed_batchcam.errors import InputError, OneRankError
 
 from .decoys import patch_shares
 from .folders import images_below
@@ -80,7 +81,8 @@ def load_masks(folder: str | Path, images: ImageSet, classes: Sequence[str]) -> 
     One per class, if there are image files in the folder itself: named by class, as `load_prototypes` says.
     One per image, for images that come from files: at the same place below the folder as the image is below the
     folder of its part, under the same name with any extension, `cat/3.png` for ROOT/test/cat/3.jpg (or ROOT/cat/3.jpg
-    where ROOT has no parts). They are read batch by batch, and must have the proportions of their images.
+    where ROOT has no parts). They must have the proportions of their images, and are read at once where the images are
+    in memory, otherwise batch by batch.
 
     Inside is what is brighter than half, after the colours are averaged and the mask is cropped and resized just as
     images are (`read_square`); what is transparent is outside.
@@ -92,7 +94,7 @@ def load_masks(folder: str | Path, images: ImageSet, classes: Sequence[str]) -> 
 
     Raises:
         InputError: a missing folder; a class or an image without a mask, or with several; a class's mask of no class.
-            Of a file that cannot be read or has nothing inside: when it is read, for masks per image by the call.
+            Of a file that cannot be read or has nothing inside: when it is read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -101,7 +103,8 @@ def load_masks(folder: str | Path, images: ImageSet, classes: Sequence[str]) -> 
     per_class = any(is_image_name(path.name) and path.is_file() for path in folder.iterdir())
     if per_class or files is None:
         return _masks_of_classes(paths_by_class(folder, classes, "mask"), images.shape[-1])
-    return _masks_of_images(_paths_by_image(folder, files, classes), images.shape[-1])
+    paths = _paths_by_image(folder, files, classes)
+    return (_masks_of_images if files is images else _masks_in_memory)(paths, images.shape[-1])
 
 
 def _masks_of_classes(paths: dict[str, Path], size: int) -> Masks:
@@ -116,14 +119,28 @@ def _masks_of_classes(paths: dict[str, Path], size: int) -> Masks:
 
 def _masks_of_images(paths: Sequence[Path], size: int) -> Masks:
     def masks(batch: Batch) -> Tensor:
-        drawn = torch.empty(len(batch.indices), size, size, dtype=torch.bool)
-        with ThreadPoolExecutor(_READING_THREADS) as pool:
-            chosen = [paths[index] for index in batch.indices.tolist()]
-            for place, mask in enumerate(pool.map(_read_mask, chosen, [size] * len(chosen))):
-                drawn[place] = mask
+        try:
+            drawn = _read_masks([paths[index] for index in batch.indices.tolist()], size)
+        except InputError as error:
+            raise OneRankError(str(error)) from None
         return drawn.to(batch.images.device)
 
     return masks
+
+
+def _masks_in_memory(paths: Sequence[Path], size: int) -> Masks:
+    drawn = _read_masks(paths, size, progress=True)
+    return lambda batch: drawn[batch.indices].to(batch.images.device, non_blocking=True)
+
+
+def _read_masks(paths: Sequence[Path], size: int, *, progress: bool = False) -> Tensor:
+    drawn = torch.empty(len(paths), size, size, dtype=torch.bool)
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        read = pool.map(_read_mask, paths, [size] * len(paths))
+        bar = tqdm(read, total=len(paths), desc="reading masks", unit=" masks", disable=None if progress else True)
+        for place, mask in enumerate(bar):
+            drawn[place] = mask
+    return drawn
 
 
 def _paths_by_image(folder: Path, images: FileImages, classes: Sequence[str]) -> list[Path]:

@@ -41,20 +41,20 @@ def load_prototypes(folder: str | Path, classes: Sequence[str], image_size: int)
     return torch.stack([_read_prototype(paths[name], image_size) for name in classes])
 
 
-def save_prototype_images(folder: str | Path, prototypes: Tensor, classes: Sequence[str]) -> list[Path]:
-    """Write prototypes (C, h, w) in [0, 1] as grey PNG files that `load_prototypes` reads, and return their paths.
+def save_prototype_images(folder: str | Path, prototypes: Tensor, classes: Sequence[str]) -> None:
+    """Write prototypes (C, h, w) in [0, 1] as grey PNG files that `load_prototypes` reads.
 
     Args:
-        folder: new, or empty; it is made.
+        folder: an empty one.
         prototypes: in the order of `classes`.
         classes: names of the C classes.
+
+    Raises:
+        InputError: classes that share a name.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{re.sub(_REPLACED, '_', name)}.png" for name in classes]
-    for path, prototype in zip(paths, prototypes.mul(255).round().to(torch.uint8).cpu(), strict=True):
-        Image.fromarray(prototype.numpy()).save(path)
-    return paths
+    _require_different(classes, "prototype")
+    for name, prototype in zip(classes, prototypes.mul(255).round().to(torch.uint8).cpu(), strict=True):
+        Image.fromarray(prototype.numpy()).save(Path(folder) / f"{re.sub(_REPLACED, '_', name)}.png")
 
 
 def paths_by_class(folder: Path, classes: Sequence[str], kind: str) -> dict[str, Path]:
@@ -67,12 +67,9 @@ def paths_by_class(folder: Path, classes: Sequence[str], kind: str) -> dict[str,
     for path in sorted(folder.iterdir()):
         if is_image_name(path.name) and path.is_file():
             files.setdefault(_key(path.stem), []).append(path)
-    names: dict[str, list[str]] = {}
-    for name in classes:
-        names.setdefault(_key(name), []).append(name)
-    if alike := [repr(name) for group in names.values() if len(group) > 1 for name in group]:
-        raise InputError(f"classes {', '.join(alike)} would share a {kind} file; rename one")
-    if missing := [group[0] for key, group in names.items() if key not in files]:
+    _require_different(classes, kind)
+    names = {_key(name): name for name in classes}
+    if missing := [name for key, name in names.items() if key not in files]:
         wanted = re.sub(_REPLACED, "_", missing[0])
         raise InputError(f"{folder} holds no {kind} of class {', '.join(missing)}; the first would be {wanted}.png")
     if extra := [path.name for key, group in files.items() if key not in names for path in group]:
@@ -87,6 +84,14 @@ _REPLACED = r"[^A-Za-z0-9_.-]"
 
 def _key(name: str) -> str:
     return re.sub(_REPLACED, "_", name).lower()
+
+
+def _require_different(classes: Sequence[str], kind: str) -> None:
+    names: dict[str, list[str]] = {}
+    for name in classes:
+        names.setdefault(_key(name), []).append(name)
+    if alike := [repr(name) for group in names.values() if len(group) > 1 for name in group]:
+        raise InputError(f"classes {', '.join(alike)} would share a {kind} file; rename one")
 
 
 def _read_prototype(path: Path, size: int) -> Tensor:

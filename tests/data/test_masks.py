@@ -10,7 +10,7 @@ from distributed_batchcam.data.decoys import patch_shares
 from distributed_batchcam.data.image_files import read_square
 from distributed_batchcam.data.images import FileImages, TensorImages
 from distributed_batchcam.data.loader import Batch
-from distributed_batchcam.errors import InputError
+from distributed_batchcam.errors import InputError, OneRankError
 
 CLASSES = ("T-shirt/top", "Ankle boot", "7")
 
@@ -299,14 +299,22 @@ def test_images_that_would_share_a_mask_are_named(root, drawn):
         load_masks(drawn, everything, ("cat", "dog"))
 
 
+def test_bad_mask_of_images_in_memory_is_named_at_once(root, drawn):
+    save(drawn / "cat" / "0.BMP", [[0]])
+    images = FileImages(root, [root / "cat" / f"{n}.png" for n in range(3)], torch.zeros(3).long(), 8)
+    with pytest.raises(InputError, match=r"mask .*cat/0\.BMP is empty"):
+        load_masks(drawn, images.decoded(), ("cat", "dog"))
+
+
 def test_mask_that_is_empty_or_damaged_is_named_when_it_is_read(root, drawn):
+    """By the one rank whose share it is in."""
     save(drawn / "cat" / "0.BMP", [[0]])
     (drawn / "cat" / "1.BMP").write_bytes(b"no image")
     images = FileImages(root, [root / "cat" / f"{n}.png" for n in range(3)], torch.zeros(3).long(), 8)
     masks = load_masks(drawn, images, ("cat", "dog"))
     pixels = torch.rand(1, 3, 8, 8)
     masks(batch_of(pixels, indices=torch.tensor([2])))
-    with pytest.raises(InputError, match=r"mask .*cat/0\.BMP is empty"):
+    with pytest.raises(OneRankError, match=r"mask .*cat/0\.BMP is empty"):
         masks(batch_of(pixels, indices=torch.tensor([0])))
-    with pytest.raises(InputError, match=r"cat/1\.BMP cannot be read"):
+    with pytest.raises(OneRankError, match=r"cat/1\.BMP cannot be read"):
         masks(batch_of(pixels, indices=torch.tensor([1])))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from distributed_batchcam.data import load_prototypes
+from distributed_batchcam.data import load_prototypes, save_prototype_images
 from distributed_batchcam.errors import InputError
 
 CLASSES = ("T-shirt/top", "Ankle boot", "7")
@@ -103,3 +103,21 @@ def test_constant_image_asks_for_nothing(folder, value):
 def test_faint_prototype_is_accepted(folder):
     Image.fromarray(np.array([[7, 8]] * 2, dtype=np.uint8)).save(folder / "7.png")
     assert load_prototypes(folder, CLASSES, 2)[2].unique().numel() == 2
+
+
+def test_saved_prototypes_are_read_again(tmp_path):
+    classes = ("T-shirt/top", "<b>naïve 猫", "a.b", "7", "$\\frac{", "x" * 200)
+    prototypes = torch.rand(len(classes), 9, 9)
+    save_prototype_images(tmp_path, prototypes, classes)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.stem in ("T-shirt_top", "7")) == [
+        "7.png",
+        "T-shirt_top.png",
+    ]
+    assert len(list(tmp_path.iterdir())) == len(classes)
+    torch.testing.assert_close(load_prototypes(tmp_path, classes, 9), prototypes, rtol=0, atol=0.51 / 255)
+
+
+def test_classes_that_would_share_a_saved_file_are_named(tmp_path):
+    with pytest.raises(InputError, match="'a b', 'A/B' would share a prototype file"):
+        save_prototype_images(tmp_path, torch.rand(2, 4, 4), ("a b", "A/B"))
+    assert list(tmp_path.iterdir()) == []

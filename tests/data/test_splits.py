@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed_batchcam.data.splits import balanced_selection, stratified_split
+from distributed_batchcam.data.splits import balanced_selection, random_selection, stratified_split
 from distributed_batchcam.errors import InputError
 
 
@@ -70,3 +70,27 @@ def test_selection_takes_the_first_of_every_class_then_the_second():
     assert balanced_selection(targets, 6).tolist() == [0, 1, 2, 4, 5, 7]
     assert balanced_selection(targets, 7).tolist() == [0, 1, 2, 3, 4, 5, 7]
     assert balanced_selection(targets, 100).tolist() == list(range(8))
+
+
+@given(st.data(), st.lists(st.integers(3, 30), min_size=1, max_size=6), st.integers(1, 3), st.integers(0, 5))
+def test_random_selection_takes_as_many_of_every_class(data, counts, per_class, seed):
+    order = torch.tensor(data.draw(st.permutations(range(sum(counts)))))
+    targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order]
+    chosen = random_selection(targets, per_class, tuple(map(str, range(len(counts)))), seed)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert torch.bincount(targets[chosen], minlength=len(counts)).tolist() == [per_class] * len(counts)
+
+
+def test_random_selection_is_drawn_by_its_seed_alone():
+    targets = torch.arange(1000) % 2
+    draws = [random_selection(targets, 50, ("a", "b"), seed).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert 400 < torch.tensor(draws[0]).float().mean() < 600
+    assert random_selection(targets, 500, ("a", "b")).tolist() == list(range(1000))
+
+
+def test_random_selection_names_a_class_that_is_too_small():
+    with pytest.raises(InputError, match=r"class 'owl' has 1 image\(s\), not 2; choose fewer"):
+        random_selection(torch.tensor([0, 0, 1]), 2, ("cat", "owl"))
+    with pytest.raises(InputError, match=r"class 'owl' has 0 image\(s\), not 1"):
+        random_selection(torch.tensor([0, 0]), 1, ("cat", "owl"))

@@ -28,10 +28,10 @@ from sweeping import (
 )
 
 from distributed_batchcam.cli import run
-from distributed_batchcam.config import make_config
+from distributed_batchcam.config import RunConfig, make_config
 from distributed_batchcam.trainer import train
 from tune.space import read_space
-from tune.sweep import add_arguments, parse_assignments
+from tune.sweep import _PATHS, add_arguments, parse_assignments
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -298,6 +298,12 @@ def test_bad_input_is_one_line_with_status_2_and_leaves_nothing(
     assert message in said
     assert "\n" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_that_is_a_path_may_be_relative() -> None:
+    """The space's fixed paths are made absolute: Ray's processes have working folders of their own."""
+    paths = {name for name, field in RunConfig.model_fields.items() if "Path" in str(field.annotation)}
+    assert set(_PATHS) == paths - {"out"}
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
