@@ -21,7 +21,7 @@ from .class_sums import Reduction, check_reduction, class_cams_of_weights, class
 from .collectives import global_mean
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
 from .errors import InputError, unknown_name
-from .right_reasons import SUPPORT, MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
+from .right_reasons import SUPPORT, Evidence, MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
 
 CAMClass = Literal["predicted", "target"]
 Resize = Literal["cam", "prototypes"]
@@ -311,8 +311,8 @@ def _contrastive_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
     return ContrastiveCAMLoss(options.margin, validate=False)
 
 
-def _prototype_support_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
-    return PrototypeSupportLoss(prototypes, options.support, validate=False)
+def _prototype_support_loss(evidence: Evidence, prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
+    return PrototypeSupportLoss(prototypes, options.support, evidence=evidence, validate=False)
 
 
 def _right_reasons_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
@@ -328,7 +328,8 @@ CAM_LOSSES: dict[str, Callable[[Tensor, CAMLossOptions], CAMLoss]] = {
     **{f"pl_{distance}": partial(_prototype_loss, distance) for distance in DISTANCES},
     **{f"bcpl_{distance}": partial(_batch_cam_loss, distance) for distance in DISTANCES},
     "contrastive": _contrastive_loss,
-    "psl": _prototype_support_loss,
+    "psl": partial(_prototype_support_loss, "log_probabilities"),
+    "psl_margin": partial(_prototype_support_loss, "margin"),
     "rrr": _right_reasons_loss,
     "rrr_g": _masked_grad_cam_loss,
 }

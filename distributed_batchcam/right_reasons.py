@@ -4,6 +4,8 @@ All three square what a gradient of the logits gives, and differentiate it once 
 `MaskedGradCAMLoss` differentiate the head twice, as every loss on CAMs; `RightReasonsLoss` the whole network.
 """
 
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,20 +16,25 @@ from .collectives import global_mean
 from .distances import resize_maps
 from .errors import InputError
 
+Evidence = Literal["log_probabilities", "margin"]
+
 SUPPORT = 0.05  # value of a prototype (0 to 1) from which on a pixel belongs to its class's support
 
 
 class PrototypeSupportLoss(nn.Module):
     """PSL: nothing outside the prototype's support may speak for, or against, any class.
 
-    PSL = 1/N Σ_i Σ_{(u,v): P[y_i]_uv < t} resize(R_i)_uv with R_i = Σ_k ((∂/∂A_i Σ_c log p_ic) ⊙ A_i)²_k.
+    PSL = 1/N Σ_i Σ_{(u,v): P[y_i]_uv < t} resize(R_i)_uv with R_i = Σ_k ((∂S_i/∂A_i) ⊙ A_i)²_k.
 
-    This is the right-reasons term of Ross, Hughes, Doshi-Velez (2017, eq. 2), moved from the input to the target
-    layer and weighted with its activations, with one support per class in place of one mask per image.
+    With S_i = Σ_c log p_ic this is the right-reasons term of Ross, Hughes, Doshi-Velez (2017, eq. 2), moved from the
+    input to the target layer and weighted with its activations, with one support per class in place of one mask per
+    image. It has no slope where all classes are as probable, as at the beginning, and C² times the slope of a logit
+    where one is certain. The margin S_i = L[i, y_i] - max_{c ≠ y_i} L[i, c] has neither trait.
 
     Args:
         prototypes: (C, h, w) in [0, 1]; where one is below t is outside.
         support: t.
+        evidence: S, `log_probabilities` or `margin`.
         validate: check target values in every call; on a GPU that waits for the device each time.
 
     Called with `(logits (N, C), features (N, K, H, W), targets (N,))`; returns an unweighted scalar, scaled such
@@ -42,7 +49,14 @@ class PrototypeSupportLoss(nn.Module):
     differentiates_images = False
     outside: Tensor
 
-    def __init__(self, prototypes: Tensor, support: float = SUPPORT, *, validate: bool = True) -> None:
+    def __init__(
+        self,
+        prototypes: Tensor,
+        support: float = SUPPORT,
+        *,
+        evidence: Evidence = "log_probabilities",
+        validate: bool = True,
+    ) -> None:
         super().__init__()
         check_prototypes(prototypes)
         outside = prototypes.detach() < support
@@ -52,7 +66,10 @@ class PrototypeSupportLoss(nn.Module):
                 f"prototypes of classes (counted from 0) {', '.join(useless)} are below the support {support:g} "
                 "everywhere or nowhere: choose another, or prototypes that are dark where nothing should count"
             )
+        if evidence not in get_args(Evidence):
+            raise ValueError(f"evidence must be one of {', '.join(get_args(Evidence))}, got {evidence!r}")
         self.register_buffer("outside", outside, persistent=False)
+        self.evidence = evidence
         self.validate = validate
 
     def forward(
@@ -71,7 +88,10 @@ class PrototypeSupportLoss(nn.Module):
             raise ValueError(f"{len(self.outside)} prototypes (C, h, w) for logits of {logits.shape[1]} classes")
         check_targets(targets, len(logits), len(self.outside), values=self.validate)
         with torch.autocast(features.device.type, enabled=False):
-            gradient = _gradient_of_log_probabilities(logits, features, "features")
+            if self.evidence == "margin":
+                gradient = _gradient_of_margin(logits, features, targets.long())
+            else:
+                gradient = _gradient_of_log_probabilities(logits, features, "features")
             evidence = gradient * features.to(gradient.dtype)
             relevance = resize_maps(evidence.square().sum(1), (self.outside.shape[1], self.outside.shape[2]))
             losses = (relevance * self.outside[targets.long()]).sum((1, 2))
@@ -182,6 +202,14 @@ def _gradient_of_log_probabilities(logits: Tensor, source: Tensor, name: str) ->
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     cotangents = 1 - logits.shape[1] * F.softmax(scores, dim=1)
     gradient = pull_back(logits, source, cotangents.to(logits.dtype), name)
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _gradient_of_margin(logits: Tensor, features: Tensor, targets: Tensor) -> Tensor:
+    """∂/∂A_i (L[i, y_i] - max_{c ≠ y_i} L[i, c]), float32 or better; differentiable if gradients are enabled."""
+    own = F.one_hot(targets, logits.shape[1]).bool()
+    rivals = logits.detach().masked_fill(own, -torch.inf).argmax(1)
+    gradient = pull_back(logits, features, own.to(logits.dtype) - F.one_hot(rivals, logits.shape[1]))
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
