@@ -102,7 +102,7 @@ class RunConfig(BaseModel):
     ssim_exponents: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0, 1.0)
     """*_ssim: exponents α β γ of luminance, contrast and structure."""
     support: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """psl: value of a prototype below which nothing in its class's images may count."""
+    """psl, psl_margin: value of a prototype below which nothing in its class's images may count."""
     masks: Path | None = None
     """rrr, rrr_g: folder of masks, one per class or training image, bright where an image must not be judged by;
     default: the patch of a decoy data set."""

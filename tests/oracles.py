@@ -255,6 +255,7 @@ def cam_part(
     """The unweighted loss on the explanations, of any of the objectives (eq. 1, 10, 11)."""
     right_reasons = {
         "psl": lambda: prototype_support(model, images, targets, prototypes, support),
+        "psl_margin": lambda: prototype_support(model, images, targets, prototypes, support, margin=True),
         "rrr": lambda: input_gradients_inside(model, images, masks),
         "rrr_g": lambda: maps_inside(model, images, targets, masks),
     }
@@ -301,13 +302,13 @@ def log_probabilities_gradient(network: Callable[[Tensor], Tensor], source: Tens
 
 
 def prototype_support(
-    model: TinyNet, images: Tensor, targets: Tensor, prototypes: Tensor, support: float = 0.05
+    model: TinyNet, images: Tensor, targets: Tensor, prototypes: Tensor, support: float = 0.05, margin: bool = False
 ) -> float:
     """PSL, image by image and pixel by pixel."""
     total = 0.0
     for image, y in zip(images, targets.tolist(), strict=True):
         features = model.backbone(image[None])[0].detach()
-        gradient = log_probabilities_gradient(model.head, features)
+        gradient = margin_gradient(model, image, y) if margin else log_probabilities_gradient(model.head, features)
         relevance = torch.zeros(features.shape[1:], dtype=torch.float64)
         for k in range(len(features)):
             relevance += (gradient[k] * features[k]) ** 2
@@ -315,6 +316,13 @@ def prototype_support(
         for row, prototype in zip(resized, prototypes[y].tolist(), strict=True):
             total += sum(value for value, wanted in zip(row, prototype, strict=True) if wanted < support)
     return total / len(images)
+
+
+def margin_gradient(model: TinyNet, image: Tensor, y: int) -> Tensor:
+    """∂/∂A (L_y - L_j) (K, H, W), j the strongest other class: two hooks, two backward passes."""
+    logits = gradient_by_hook(model, image, y)[2].tolist()
+    rival = max((c for c in range(len(logits)) if c != y), key=lambda c: logits[c])
+    return gradient_by_hook(model, image, y)[0] - gradient_by_hook(model, image, rival)[0]
 
 
 def input_gradients_inside(model: TinyNet, images: Tensor, masks: Tensor) -> float:

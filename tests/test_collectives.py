@@ -76,7 +76,7 @@ CASES = {
     },
     **{
         f"{name}, batch size {'given' if given else 'not given'}": Case(name, knows_batch_size=given)
-        for name in ("baseline", "pl_l1", "pl_l2", "pl_ssim", "contrastive", "psl", "rrr", "rrr_g")
+        for name in ("baseline", "pl_l1", "pl_l2", "pl_ssim", "contrastive", "psl", "psl_margin", "rrr", "rrr_g")
         for given in (True, False)
     },
     "pl_l2, target class": Case("pl_l2", options=CAMLossOptions(cam_class="target")),
