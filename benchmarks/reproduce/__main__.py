@@ -82,7 +82,7 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
         workshop.run("decoy_seeds", stages.decoy_seeds_space(prototypes, chosen))
     finally:
         write_runs(RESULTS, "decoy_seeds", collect(workshop.runs("decoy_seeds"), prototypes=CLEAN))
-    ours = [choice for choice in by_rule["biased accuracy"] if "psl" in choice.objective]
+    ours = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.OURS]
     for kind in (TEN, SKETCHES, DECOYED):
         name = f"decoy_{kind}"
         workshop.run(name, stages.decoy_prototypes_space(prototypes, kind, ours))

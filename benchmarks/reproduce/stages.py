@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -90,10 +91,27 @@ def large_table_space(weights: dict[str, float]) -> Space:
     return make_space(space, "space paper_112")
 
 
-def _decoy_recipe() -> Options:
-    space = read_space("paper")
-    recipe = space.trial({"model": "simple_cnn"}).options
-    return {**recipe, "valid_size": HELD_OUT}
+# Decoys --------------------------------------------------------------------------------------------------
+
+CLEAN, TEN, SKETCHES, DECOYED = "clean", "ten", "sketches", "decoyed"
+"""Prototypes of all clean training images, of ten of each class, drawn by hand, and of the decoyed images."""
+
+OURS = "bcpl_l1+100psl_margin"
+"""What is tried further, with other prototypes and on clean data."""
+
+DECOY_WEIGHTS: dict[str, list[float]] = {
+    "pl_l1": [30.0],
+    "bcpl_l1": [10.0, 30.0],
+    "psl": [0.3, 1.0],
+    "psl_margin": [3.0, 10.0],
+    OURS: [0.03, 0.1],
+    "rrr": [1.0, 10.0],
+    "rrr_g": [1.0, 10.0],
+}
+"""λ of the first stage. RRR and RRR-G have a mask for every training image, the others ten prototypes."""
+
+_DECOY_EPOCHS = 6  # twice those of the tables: what a network takes from the patch at first, it has to learn anew
+_DECOY_SUPPORT = 0.1  # for the margin: more of the corners is outside then; `psl` keeps the support of its definition
 
 
 def decoy_weights_space(prototypes: Path) -> Space:
@@ -101,75 +119,47 @@ def decoy_weights_space(prototypes: Path) -> Space:
     points: list[Options] = [{"objective": "baseline"}]
     for objective, weights in DECOY_WEIGHTS.items():
         points += [{"objective": objective, "weight": weight} for weight in weights]
-    return make_space(
-        {
-            "fixed": _decoy_recipe(),
-            "grid": {"dataset": list(PLAIN), "seed": DECOY_SEEDS[:1]},
-            "points": points,
-            "overrides": _prototypes_by_dataset(prototypes, CLEAN),
-        },
-        "decoys",
-    )
+    return _decoy_space(points, {"seed": DECOY_SEEDS[:1], "dataset": list(PLAIN)}, prototypes, CLEAN)
 
 
 def decoy_seeds_space(prototypes: Path, chosen: Sequence[Chosen]) -> Space:
     """The other seeds at every λ that a rule chose."""
-    points = [
-        {"dataset": choice.dataset, "objective": choice.objective}
-        | ({} if choice.objective == "baseline" else {"weight": choice.weight})
-        for choice in chosen
-    ]
-    return make_space(
-        {
-            "fixed": _decoy_recipe(),
-            "grid": {"seed": DECOY_SEEDS[1:]},
-            "points": points,
-            "overrides": _prototypes_by_dataset(prototypes, CLEAN),
-        },
-        "decoys",
-    )
+    return _decoy_space([_point(choice) for choice in chosen], {"seed": DECOY_SEEDS[1:]}, prototypes, CLEAN)
 
 
 def decoy_prototypes_space(prototypes: Path, kind: str, chosen: Sequence[Chosen]) -> Space:
     """All seeds with another kind of prototypes, at the λ that was chosen with clean ones."""
-    points = [{"dataset": choice.dataset, "objective": choice.objective, "weight": choice.weight} for choice in chosen]
-    return make_space(
-        {
-            "fixed": _decoy_recipe(),
-            "grid": {"seed": DECOY_SEEDS},
-            "points": points,
-            "overrides": [] if kind == DECOYED else _prototypes_by_dataset(prototypes, kind),
-        },
-        "decoys",
-    )
+    return _decoy_space([_point(choice) for choice in chosen], {"seed": DECOY_SEEDS}, prototypes, kind)
 
 
 def clean_space(chosen: Sequence[Chosen]) -> Space:
     """The same objectives on the clean data sets: what do they cost where nothing misleads?"""
-    points = [
-        {"dataset": PLAIN[choice.dataset], "objective": choice.objective}
-        | ({} if choice.objective == "baseline" else {"weight": choice.weight})
-        for choice in chosen
-    ]
-    return make_space({"fixed": _decoy_recipe(), "grid": {"seed": SEEDS}, "points": points}, "decoys")
+    points = [{**_point(choice), "dataset": PLAIN[choice.dataset]} for choice in chosen]
+    return _decoy_space(points, {"seed": SEEDS}, Path(), DECOYED)
 
 
-CLEAN, TEN, SKETCHES, DECOYED = "clean", "ten", "sketches", "decoyed"
-"""Prototypes of all clean training images, of ten of each class, drawn by hand, and of the decoyed images."""
-
-DECOY_WEIGHTS: dict[str, list[float]] = {
-    "pl_l1": [10.0, 100.0],
-    "bcpl_l1": [3.0, 10.0, 30.0],
-    "psl": [0.1, 0.3, 1.0, 3.0],
-    "rrr": [0.1, 1.0, 10.0, 100.0],
-    "rrr_g": [0.1, 1.0, 10.0],
-}
-"""λ of the first stage. RRR and RRR-G have a mask for every training image, the others ten prototypes."""
-WITH_PROTOTYPES = ("pl_l1", "bcpl_l1", "psl")
+def _point(choice: Chosen) -> Options:
+    point: Options = {"dataset": choice.dataset, "objective": choice.objective}
+    return point if choice.objective == "baseline" else {**point, "weight": choice.weight}
 
 
-def _prototypes_by_dataset(prototypes: Path, kind: str) -> list[dict[str, Options]]:
-    return [
+def _decoy_space(points: list[Options], grid: dict[str, list[Any]], prototypes: Path, kind: str) -> Space:
+    recipe = dict(read_space("paper").trial({"model": "simple_cnn"}).options)
+    del recipe["weight"]
+    with_margin = [name for name in DECOY_WEIGHTS if "psl_margin" in name]
+    by_dataset = [
         {"when": {"dataset": decoy}, "set": {"prototypes": os.path.abspath(prototypes / f"{plain}-{kind}")}}
         for decoy, plain in PLAIN.items()
     ]
+    return make_space(
+        {
+            "fixed": {**recipe, "valid_size": HELD_OUT, "epochs": _DECOY_EPOCHS},
+            "grid": grid,
+            "points": points,
+            "overrides": [
+                {"when": {"objective": with_margin}, "set": {"support": _DECOY_SUPPORT}},
+                *([] if kind == DECOYED else by_dataset),
+            ],
+        },
+        "decoys",
+    )
