@@ -10,6 +10,7 @@ import torch
 from distributed_batchcam.data import dataset_prototypes, load_data, random_selection, save_prototype_images
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.models import PAPER_MODELS
+from tune.space import Space
 
 from . import stages
 from .collect import collect, read_runs, write_runs
@@ -57,38 +58,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_tables(workshop: Workshop, models: Sequence[str]) -> None:
     """Table A1 under both protocols, and Table 2 where all models are wanted."""
-    workshop.run("weights", stages.weights_space())
-    write_runs(RESULTS, "weights", collect(workshop.runs("weights")))
+    run_stage(workshop, "weights", stages.weights_space())
     weights = table_weights(read_runs(RESULTS, "weights"))
-    for name, held_out in (("table_a1", False), ("table_a1_held_out", True)):
-        try:
-            workshop.run(name, stages.table_space(models, weights, held_out=held_out))
-        finally:
-            write_runs(RESULTS, name, collect(workshop.runs(name)))
+    for table, held_out in (("table_a1", False), ("table_a1_held_out", True)):
+        for model in models:
+            run_stage(workshop, f"{table}-{model}", stages.table_space(model, weights, held_out=held_out))
     if len(models) == len(PAPER_MODELS):
-        workshop.run("table_2", stages.large_table_space(weights))
-        write_runs(RESULTS, "table_2", collect(workshop.runs("table_2")))
+        run_stage(workshop, "table_2", stages.large_table_space(weights))
 
 
 def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     """λ for each objective, then five seeds of what the rules chose, then other prototypes, then clean data."""
     prototypes = workshop.storage / "prototypes"
     make_prototypes(prototypes, data_root)
-    workshop.run("decoy_weights", stages.decoy_weights_space(prototypes))
-    write_runs(RESULTS, "decoy_weights", collect(workshop.runs("decoy_weights"), prototypes=CLEAN))
+    run_stage(workshop, "decoy_weights", stages.decoy_weights_space(prototypes), prototypes=CLEAN)
     by_rule = decoy_weights(read_runs(RESULTS, "decoy_weights"))
     chosen = list(dict.fromkeys(chain(*by_rule.values())))
-    try:
-        workshop.run("decoy_seeds", stages.decoy_seeds_space(prototypes, chosen))
-    finally:
-        write_runs(RESULTS, "decoy_seeds", collect(workshop.runs("decoy_seeds"), prototypes=CLEAN))
+    run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, chosen), prototypes=CLEAN)
     ours = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.OURS]
     for kind in (TEN, SKETCHES, DECOYED):
-        name = f"decoy_{kind}"
-        workshop.run(name, stages.decoy_prototypes_space(prototypes, kind, ours))
-        write_runs(RESULTS, name, collect(workshop.runs(name), prototypes=kind))
-    workshop.run("decoy_clean", stages.clean_space([*ours, *(Chosen(dataset, "baseline", 0) for dataset in PLAIN)]))
-    write_runs(RESULTS, "decoy_clean", collect(workshop.runs("decoy_clean")))
+        space = stages.decoy_prototypes_space(prototypes, kind, ours)
+        run_stage(workshop, f"decoy_{kind}", space, prototypes=kind)
+    run_stage(workshop, "decoy_clean", stages.clean_space([*ours, *(Chosen(name, "baseline", 0) for name in PLAIN)]))
+
+
+def run_stage(workshop: Workshop, name: str, space: Space, **about: str) -> None:
+    """Run a stage; what it finished is kept in docs/results, whatever stopped the rest."""
+    try:
+        workshop.run(name, space)
+    finally:
+        write_runs(RESULTS, name, collect(workshop.runs(name), **about))
 
 
 def make_prototypes(folder: Path, data_root: Path | None) -> None:

@@ -24,7 +24,10 @@ def draw_figures(results: Path, workshop: Workshop) -> None:
     results.mkdir(parents=True, exist_ok=True)
     for dataset in ("mnist", "fashion_mnist"):
         _class_maps(
-            results / f"class_maps_{dataset}.png", list(workshop.runs("table_a1_held_out")), dataset, OBJECTIVES
+            results / f"class_maps_{dataset}.png",
+            list(workshop.runs("table_a1_held_out-simple_cnn")),
+            dataset,
+            OBJECTIVES,
         )
         decoyed = [*workshop.runs("decoy_weights"), *workshop.runs("decoy_seeds")]
         _class_maps(results / f"class_maps_decoy_{dataset}.png", decoyed, f"decoy_{dataset}", None)

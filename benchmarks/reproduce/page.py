@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from distributed_batchcam.checkpoint import write_atomic
+from distributed_batchcam.models import PAPER_MODELS
 from distributed_batchcam.report.paper import Setting, paper_table
 
 from .collect import read_runs
@@ -61,7 +62,10 @@ summary, configuration and versions. Accuracies are in percent, mean ± standard
 
 
 def _tables(results: Path) -> list[str]:
-    first, second = (read_runs(results, name) for name in ("table_a1", "table_a1_held_out"))
+    first, second = (
+        [run for model in PAPER_MODELS for run in read_runs(results, f"{table}-{model}")]
+        for table in ("table_a1", "table_a1_held_out")
+    )
     weights, large = read_runs(results, "weights"), read_runs(results, "table_2")
     parts = ["## The paper's tables\n" + _RECIPE]
     if weights:
