@@ -75,7 +75,7 @@ def weights_space() -> Space:
 
 
 def table_space(model: str, weights: dict[str, float], *, held_out: bool) -> Space:
-    """A model's rows of Table A1, λ per objective; validated on the test set, as in the paper, or on images held out."""
+    """A model's rows of Table A1, λ per objective; validated on the test set as in the paper, or on held-out images."""
     space = read_space("paper").with_fixed({"model": model, "valid_size": HELD_OUT if held_out else 0})
     values = space.model_dump()
     del values["fixed"]["weight"]
