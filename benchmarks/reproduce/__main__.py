@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from distributed_batchcam.checkpoint import load_run
 from distributed_batchcam.data import dataset_prototypes, load_data, random_selection, save_prototype_images
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.models import PAPER_MODELS
 from tune.space import Space
 
 from . import stages
-from .collect import collect, read_runs, write_runs
+from .collect import collect, evaluate_in_full, read_runs, write_runs
 from .figures import draw_figures
 from .page import write_page
 from .sketches import write_sketches
@@ -62,7 +63,10 @@ def run_tables(workshop: Workshop, models: Sequence[str]) -> None:
     weights = table_weights(read_runs(RESULTS, "weights"))
     for table, held_out in (("table_a1", False), ("table_a1_held_out", True)):
         for model in models:
-            run_stage(workshop, f"{table}-{model}", stages.table_space(model, weights, held_out=held_out))
+            name = f"{table}-{model}"
+            run_stage(workshop, name, stages.table_space(model, weights, held_out=held_out))
+            if held_out:
+                explain_first_seed(workshop, name)
     if len(models) == len(PAPER_MODELS):
         run_stage(workshop, "table_2", stages.large_table_space(weights))
 
@@ -80,6 +84,14 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
         space = stages.decoy_prototypes_space(prototypes, kind, ours)
         run_stage(workshop, f"decoy_{kind}", space, prototypes=kind)
     run_stage(workshop, "decoy_clean", stages.clean_space([*ours, *(Chosen(name, "baseline", 0) for name in PLAIN)]))
+
+
+def explain_first_seed(workshop: Workshop, name: str) -> None:
+    """Every figure of explanations for the first seed of each row of a stage."""
+    for path in workshop.runs(name):
+        if load_run(path).config.seed == stages.SEEDS[0]:
+            evaluate_in_full(path)
+    write_runs(RESULTS, name, collect(workshop.runs(name)))
 
 
 def run_stage(workshop: Workshop, name: str, space: Space, **about: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from distributed_batchcam.checkpoint import write_atomic
+from distributed_batchcam.evaluate_run import EvaluationOptions, evaluate_run
+from distributed_batchcam.measures import FIGURES
 
 from .decoys import decoy_figures
 from .stages import PLAIN
@@ -28,10 +30,22 @@ def _one(path: Path) -> dict[str, Any]:
     config = yaml.safe_load((path / "config.yaml").read_text())
     # Paths of the machine that the run was made on mean nothing on another: only their last part is kept.
     config |= {name: Path(config[name]).name for name in _OF_A_MACHINE if isinstance(config.get(name), str)}
-    found = {**summary, "config": config, "versions": _versions(summary["torch"])}
+    found = {**_figures(path), **summary, "config": config, "versions": _versions(summary["torch"])}
     if config["dataset"] in PLAIN:
         found |= decoy_figures(path, PLAIN[config["dataset"]])
     return found
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """What was measured of the final model on the test set: by training alone the cheap figures, by `evaluate` all."""
+    document = json.loads((path / "evaluation-test.json").read_text())
+    return {name: document[name] for name in FIGURES if name in document}
+
+
+def evaluate_in_full(path: Path) -> None:
+    """Measure what training leaves out, on 500 test images where it is costly; what is there is left alone."""
+    if "insertion_auc" not in _figures(path):
+        evaluate_run(path, EvaluationOptions())
 
 
 def _versions(torch: str) -> dict[str, str]:
