@@ -1,85 +1,133 @@
-"""The pictures of docs/results.md: class maps like the paper's figures, and accuracy against explanation quality."""
+"""The pictures of docs/results.md: maps of classes and of images, and accuracy against explanation quality."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
+from torch import Tensor
+
+from distributed_batchcam import explain
+from distributed_batchcam.checkpoint import load_run
+from distributed_batchcam.data.splits import balanced_selection
+from distributed_batchcam.evaluate_run import load_run_data
+from distributed_batchcam.explanations import Explanations
 
 from .collect import read_runs
-from .stages import EXPLAINING, Workshop
+from .stages import DECOY_WEIGHTS, EXPLAINING, PLAIN, Workshop
 
 OBJECTIVES = ("baseline", *EXPLAINING)
-_INCHES = 0.75  # of a map
+_INCHES = 0.8  # of a map
+_LABEL_INCHES = 1.7
 _DOTS = 100
 
 
 def draw_figures(results: Path, workshop: Workshop) -> None:
-    """Draw what the runs at hand allow; pictures of others that were drawn before stay."""
+    """Draw what the runs at hand allow, of the first seed; pictures of others that were drawn before stay."""
     results.mkdir(parents=True, exist_ok=True)
-    for dataset in ("mnist", "fashion_mnist"):
-        _class_maps(
-            results / f"class_maps_{dataset}.png",
-            list(workshop.runs("table_a1_held_out-simple_cnn")),
-            dataset,
-            OBJECTIVES,
-        )
-        decoyed = [*workshop.runs("decoy_weights"), *workshop.runs("decoy_seeds")]
-        _class_maps(results / f"class_maps_decoy_{dataset}.png", decoyed, f"decoy_{dataset}", None)
-    _pareto(results / "pareto.png", read_runs(results, "weights"))
+    tables = list(workshop.runs("table_a1_held_out-simple_cnn"))
+    decoys = list(workshop.runs("decoy_weights"))
+    for decoy, plain in PLAIN.items():
+        _draw_maps(results, plain, _first_seed(tables, plain, OBJECTIVES))
+        _draw_maps(results, decoy, _first_seed(decoys, decoy, ("baseline", *DECOY_WEIGHTS)))
+    weights = read_runs(results, "weights")
+    if weights:
+        _save(_pareto(weights), results / "pareto.png")
 
 
-def _class_maps(file: Path, runs: Iterable[Path], dataset: str, objectives: Iterable[str] | None) -> None:
-    """Prototypes above, and below them each objective's map of every class over the whole test set, seed 0."""
-    rows: dict[str, Any] = {}
+def _first_seed(runs: Iterable[Path], dataset: str, objectives: Sequence[str]) -> dict[str, Path]:
+    """The run of each objective on a data set, by name and λ."""
+    found = {}
     for path in runs:
         summary = json.loads((path / "summary.json").read_text())
-        if (summary["dataset"], summary["seed"]) == (dataset, 0) and summary["model"] == "simple_cnn":
-            label = summary["objective"] + ("" if objectives or not summary["weight"] else f" {summary['weight']:g}")
-            rows[label if summary["objective"] != "baseline" else "baseline"] = path
-    order = [name for name in objectives if name in rows] if objectives else sorted(rows)
-    if not order:
-        return
-    tensors = {name: load_file(rows[name] / "evaluation-test.safetensors") for name in order}
-    shown = [("prototypes", tensors[order[0]]["prototypes"]), *((name, tensors[name]["class_maps"]) for name in order)]
-    classes = len(shown[0][1])
-    figure = Figure(figsize=(_INCHES * (classes + 1.6), _INCHES * len(shown)), dpi=_DOTS)
-    for row, (name, maps) in enumerate(shown):
-        for column, image in enumerate(maps):
-            axes = figure.add_subplot(len(shown), classes, row * classes + column + 1)
-            axes.imshow(image, cmap="gray" if row == 0 else "inferno", vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.subplots_adjust(left=1.5 / (classes + 1.6), right=0.995, top=0.99, bottom=0.01, wspace=0.05, hspace=0.05)
-    figure.savefig(file)
+        if (summary["dataset"], summary["seed"]) == (dataset, 0):
+            found[summary["objective"], summary["weight"]] = path
+    order = sorted(found, key=lambda key: (objectives.index(key[0]), key[1]))
+    return {name if name == "baseline" else f"{name}\nλ {weight:g}": found[name, weight] for name, weight in order}
 
 
-def _pareto(file: Path, runs: list[dict[str, Any]]) -> None:
-    """Accuracy on held-out images against class SSIM, a line per objective along λ."""
+def _draw_maps(results: Path, dataset: str, runs: dict[str, Path]) -> None:
     if not runs:
         return
-    figure = Figure(figsize=(8, 4.5), dpi=_DOTS, layout="constrained")
+    files = [load_file(path / "evaluation-test.safetensors") for path in runs.values()]
+    rows = [("prototypes", files[0]["prototypes"]), *zip(runs, (file["class_maps"] for file in files), strict=True)]
+    _save(_class_maps(rows), results / f"class_maps_{dataset}.png")
+    _save(_image_maps(runs), results / f"image_maps_{dataset}.png")
+
+
+def _class_maps(rows: Sequence[tuple[str, Tensor]]) -> Figure:
+    """Prototypes above, and below them each run's map of every class over the whole test set."""
+    figure, cells = _grid(len(rows), len(rows[0][1]))
+    for row, (name, maps) in enumerate(rows):
+        _label(cells[row][0], name)
+        for cell, image in zip(cells[row], maps, strict=True):
+            cell.imshow(image, cmap="gray" if row == 0 else "inferno", vmin=0, vmax=1)
+    return figure
+
+
+def _image_maps(runs: dict[str, Path]) -> Figure:
+    """The first test image of each class above, and below it each run's map of the class that it predicts."""
+    first = load_run(next(iter(runs.values())))
+    images = load_run_data(first).test
+    chosen = balanced_selection(images.targets, len(first.classes)).tolist()
+    figure, cells = _grid(len(runs) + 1, len(chosen))
+    _label(cells[0][0], "images")
+    for cell, index in zip(cells[0], chosen, strict=True):
+        cell.imshow(images[index][0], cmap="gray", vmin=0, vmax=255)
+    for row, (name, path) in zip(cells[1:], runs.items(), strict=True):
+        _label(row[0], name)
+        explanations: Explanations = explain(path, indices=chosen, device="cpu")
+        assert explanations.targets is not None
+        for place, cell in enumerate(row):
+            cell.imshow(images[chosen[place]][0], cmap="gray", vmin=0, vmax=255)
+            cell.imshow(
+                explanations.predicted_maps[place], cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=_extent(images)
+            )
+            if int(explanations.predicted[place]) != int(explanations.targets[place]):
+                cell.spines[:].set(color="red", linewidth=2.5)
+    return figure
+
+
+def _extent(images: Any) -> tuple[float, float, float, float]:
+    """Where a map lies over an image of any other size."""
+    side = images.shape[-1]
+    return (-0.5, side - 0.5, side - 0.5, -0.5)
+
+
+def _pareto(runs: list[dict[str, Any]]) -> Figure:
+    """Accuracy on held-out images against class SSIM, a line per objective along λ."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for objective in OBJECTIVES:
         along = sorted((run for run in runs if run["objective"] == objective), key=lambda run: float(run["weight"]))
-        axes.plot(
-            [run["class_cam_ssim"] for run in along],
-            [run["best_valid_accuracy"] for run in along],
-            marker="o",
-            label=objective,
-        )
-        for run in along if objective != "baseline" else ():
-            place = (run["class_cam_ssim"], run["best_valid_accuracy"])
-            axes.annotate(f"{run['weight']:g}", place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        places = [(run["class_cam_ssim"], run["best_valid_accuracy"]) for run in along]
+        axes.plot(*zip(*places, strict=True), marker="o", label=objective)
+        for run, place in zip(along, places, strict=True):
+            text = "" if objective == "baseline" else f"{run['weight']:g}"
+            axes.annotate(text, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set_xlabel("SSIM of class maps and prototypes (test set)")
     axes.set_ylabel("validation accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(file)
+    return figure
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    width = _LABEL_INCHES + _INCHES * columns
+    figure = Figure(figsize=(width, _INCHES * rows))
+    figure.subplots_adjust(left=_LABEL_INCHES / width, right=0.995, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06)
+    cells = figure.subplots(rows, columns, squeeze=False).tolist()
+    for cell in (cell for row in cells for cell in row):
+        cell.set(xticks=[], yticks=[])
+    return figure, cells
+
+
+def _label(cell: Axes, text: str) -> None:
+    cell.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=_DOTS)

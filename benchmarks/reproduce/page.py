@@ -151,17 +151,13 @@ def _explanations(runs: Sequence[Run]) -> str:
     for (model, dataset, objective), group in _grouped(runs, "model", "dataset", "objective").items():
         figures = (Figure.of(run.get(name) for run in group) for name in EXPLANATIONS)
         rows.append([f"`{model}`", dataset, f"`{objective}`", *(_text(figure, 3) for figure in figures)])
-    pictures = "\n\n".join(
-        f"![Class maps of {dataset}: prototypes, then each objective](results/class_maps_{dataset}.png)"
-        for dataset in ("mnist", "fashion_mnist")
-    )
     return (
         "### What the models look at\n\n"
         + _LOOKING
         + "\n\n"
         + _markdown(["model", "data set", "objective", *EXPLANATIONS.values()], rows)
-        + "\n\nClass maps over the whole test set, seed 0; the first row is the prototypes.\n\n"
-        + pictures
+        + "\n\n"
+        + _pictures("mnist", "fashion_mnist")
     )
 
 
@@ -246,11 +242,7 @@ def _decoys(results: Path) -> list[str]:
             "### What it costs where nothing misleads\n\n" + _markdown(["data set", "objective", "test"], rows)
         )
     parts.append(_goals(runs, others))
-    parts.append(
-        "\n\n".join(
-            f"![Class maps on {name}](results/class_maps_decoy_{name}.png)" for name in ("mnist", "fashion_mnist")
-        )
-    )
+    parts.append("### What the models look at on decoys\n\n" + _pictures("decoy_mnist", "decoy_fashion_mnist"))
     return parts
 
 
@@ -326,6 +318,16 @@ def _weight(run: Run) -> float:
 
 def _first_line(function: Callable[..., Any]) -> str:
     return " ".join((function.__doc__ or "").split())
+
+
+def _pictures(*datasets: str) -> str:
+    parts = [
+        "Maps of each class over the whole test set, below the prototypes; and maps of the predicted class over the first "
+        "test image of each class, framed in red where the prediction is wrong. First seed."
+    ]
+    for dataset in datasets:
+        parts += [f"![{what} maps of {dataset}](results/{what}_maps_{dataset}.png)" for what in ("class", "image")]
+    return "\n\n".join(parts)
 
 
 # Small things --------------------------------------------------------------------------------------------
