@@ -322,7 +322,7 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 def _pictures(*datasets: str) -> str:
     parts = [
-        "Maps of each class over the whole test set, below the prototypes; and maps of the predicted class over the first "
+        "Maps of each class over the whole test set, below the prototypes; maps of the predicted class over the first "
         "test image of each class, framed in red where the prediction is wrong. First seed."
     ]
     for dataset in datasets:
