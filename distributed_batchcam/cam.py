@@ -142,50 +142,54 @@ def weighted_activations(weights: Tensor, features: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             # Fused, in float32 and without the product in memory.
             return (weights[:, :, None, None] * features).sum(1)
-        maps: Tensor = _WeightedSum.apply(weights, features.flatten(2))
-        return maps.view(len(features), *features.shape[2:])
+        maps: Tensor = _WeightedSum.apply(weights, features)
+        return maps
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Σ_k w_k A_k of (N, K) and (N, K, P).
+    """Σ_k w_k A_k of (N, K) and (N, K, H, W).
 
     By itself autograd would take its products at the precision that the user allows matrix products, which may
-    be TF32, and its outer product as a matrix product of inner size 1, at twice the time.
+    be TF32, and its outer product as a matrix product of inner size 1, at twice the time. It would also return a
+    view, which it cannot add the head's gradient to in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, activations: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, activations)
-        with _full_precision():
-            return torch.bmm(weights[:, None], activations)[:, 0]
+    def forward(ctx: Any, weights: Tensor, features: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, features)
+        with _full_precision(weights.device):
+            maps = torch.bmm(weights[:, None], features.flatten(2))
+        return maps.view(len(features), *features.shape[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        weights, activations = ctx.saved_tensors
-        for_weights = for_activations = None
+        weights, features = ctx.saved_tensors
+        of_weights = of_features = None
         if ctx.needs_input_grad[0]:
-            with _full_precision():
-                for_weights = torch.bmm(activations, grad[:, :, None])[:, :, 0]
+            with _full_precision(weights.device):
+                of_weights = torch.bmm(features.flatten(2), grad.flatten(1)[:, :, None])[:, :, 0]
         if ctx.needs_input_grad[1]:
-            # In the activations' order in memory, that of the gradient it will be added to.
-            buffer = torch.empty_like(activations)
-            for_activations = torch.mul(weights[:, :, None], grad[:, None], out=buffer)
-        return for_weights, for_activations
+            # In the features' order in memory, that of the gradient it will be added to.
+            buffer = torch.empty_like(features)
+            of_features = torch.mul(weights[:, :, None, None], grad[:, None], out=buffer)
+        return of_weights, of_features
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def _full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products of float32 in float32, whatever is allowed elsewhere (TF32, bfloat16)."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    allowed = [backend.fp32_precision for backend in backends]
+    backends = torch.backends
+    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul  # type: ignore[attr-defined]
+    allowed = backend.fp32_precision
+    if allowed in ("ieee", "none"):  # to set it takes as long as a small product
+        yield
+        return
+    backend.fp32_precision = "ieee"
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(backends, allowed, strict=True):
-            backend.fp32_precision = precision
+        backend.fp32_precision = allowed
 
 
 def normalize_maps(maps: Tensor) -> Tensor:

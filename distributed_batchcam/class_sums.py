@@ -12,11 +12,11 @@ Averaging each rank's own M̄_c is not M̄_c of the global batch, hence the redu
 * `local`: this rank only.
 """
 
-import math
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .cam import Alpha, channel_weights, normalize_maps, weighted_activations
 from .checks import check_features, check_targets
@@ -162,12 +162,43 @@ def count_by_class(targets: Tensor, num_classes: int) -> Tensor:
 
 def sum_by_class(values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """Σ_{i: y_i = c} of `values` (N, …): (C, …)."""
-    if values.ndim == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
-        # In the order of memory, which a view keeps both ways.
-        return sum_by_class(values.movedim(1, 3), targets, num_classes).movedim(3, 1)
-    # index_add rather than a one-hot matrix product: exact in float32 whatever the TF32 setting.
-    sums = values.new_zeros(num_classes, math.prod(values.shape[1:])).index_add(0, targets, values.flatten(1))
-    return sums.view(num_classes, *values.shape[1:])
+    if torch.compiler.is_compiling():
+        return values.new_zeros(num_classes, *values.shape[1:]).index_add(0, targets, values)
+    sums: Tensor = _SumByClass.apply(values, targets, num_classes)
+    return sums
+
+
+class _SumByClass(torch.autograd.Function):
+    """Σ_{i: y_i = c} of (N, …), by index_add rather than a one-hot matrix product: exact whatever the TF32 setting.
+
+    index_add's own backward returns a view, which autograd cannot add the head's gradient to in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+        ctx.save_for_backward(targets)
+        rows = _in_order_of_memory(values)
+        sums = rows.new_zeros(num_classes, *rows.shape[1:]).index_add_(0, targets, rows)
+        return sums if rows is values else sums.movedim(-1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (targets,) = ctx.saved_tensors
+        rows = _in_order_of_memory(grad)
+        if rows is grad:
+            return grad.index_select(0, targets), None, None
+        shape = (len(targets), *grad.shape[1:])
+        buffer = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        torch.index_select(rows, 0, targets, out=buffer.movedim(1, -1))
+        return buffer, None, None
+
+
+def _in_order_of_memory(maps: Tensor) -> Tensor:
+    """Channels-last maps (N, K, H, W) as (N, H, W, K); anything else as it is."""
+    if maps.ndim == 4 and not maps.is_contiguous() and maps.is_contiguous(memory_format=torch.channels_last):
+        return maps.movedim(1, -1)
+    return maps
 
 
 def _factored_cams(

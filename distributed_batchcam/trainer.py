@@ -71,7 +71,7 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
 def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     accelerator = start_accelerator(config)
     if accelerator.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory()  # and after the run too: glibc has no way back to its own adaptive defaults
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
     run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
@@ -140,12 +140,12 @@ class Trainer:
         self.gflops = count_gflops(model, data.channels, data.image_size)
         if config.sync_batchnorm:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # The backbone is compiled on its own: the head's second-order gradients cannot be.
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         model = model.to(device)
         self.ema = make_ema(config, model)
         if config.compile:
+            # The backbone on its own, and the maps below: the head between them is differentiated twice.
             model.compile_backbone()
         self.model = model  # the bare one, for evaluation and saving
 

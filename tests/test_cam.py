@@ -161,6 +161,7 @@ def test_weighted_activations_and_their_gradients_are_those_of_a_plain_sum(memor
     assert torch.autograd.gradcheck(weighted_activations, (weights, features))
     (gradient,) = torch.autograd.grad(maps.square().sum(), features)
     assert gradient.is_contiguous(memory_format=memory_format), "in the order of what it is added to"
+    assert not gradient._is_view(), "autograd adds to it in place"
 
 
 def test_maps_are_in_full_float32_whatever_matrix_products_may_be() -> None:
@@ -171,7 +172,7 @@ def test_maps_are_in_full_float32_whatever_matrix_products_may_be() -> None:
         torch.set_float32_matmul_precision("medium")
         maps = weighted_activations(weights, features)
         gradients = torch.autograd.grad(maps.sum(), (weights, features))
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_float32_matmul_precision() == "medium", "as the user has set it"
     finally:
         torch.set_float32_matmul_precision(before)
     exact = (weights.double()[:, :, None, None] * features.double()).sum(1)

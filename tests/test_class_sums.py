@@ -127,6 +127,19 @@ def test_sums_add_up_over_batches() -> None:
     assert torch.equal(total.counts, expected.counts)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_sums_by_class_and_their_gradients_are_those_of_a_loop(memory_format: torch.memory_format) -> None:
+    values = torch.randn(7, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    targets = torch.tensor([0, 2, 2, 4, 0, 2, 2])
+    sums = sum_by_class(values, targets, 5)
+    assert_close(sums, torch.stack([values[targets == c].sum(0) for c in range(5)]), **EXACT)
+    upstream = torch.randn(5, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format)
+    (gradient,) = torch.autograd.grad(sums, values, upstream)
+    assert torch.equal(gradient, torch.stack([upstream[c] for c in targets.tolist()]))
+    assert gradient.is_contiguous(memory_format=memory_format), "in the order of what it is added to"
+    assert not gradient._is_view(), "autograd adds to it in place"
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("head", ["pool", "flat"])
 def test_closed_form_alpha_gives_the_same_maps_and_gradients(reduction: str, head: str) -> None:

@@ -220,6 +220,23 @@ def test_gradient_accumulation_follows_the_whole_batch(tmp_path: Path) -> None:
     assert whole["loss"] == pytest.approx(pieces_["loss"], rel=1e-4)
 
 
+def test_compiling_changes_no_more_than_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_(function: Any) -> Any:
+        compiled.append(function.__name__)
+        return real_compile(function, backend="aot_eager")
+
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+    for name, options in (("plain", []), ("compiled", ["--compile"])):
+        assert train(tmp_path / name, "--epochs", "1", *options) == 0
+    assert compiled == ["forward_features", "of_weights"]
+    plain, other = (lines_of(tmp_path / name, "train")[-1] for name in ("plain", "compiled"))
+    for part in ("loss_class", "loss_cam"):
+        assert other[part] == pytest.approx(plain[part], rel=1e-4), part
+
+
 def test_moving_average_is_what_is_evaluated_and_saved(tmp_path: Path) -> None:
     from distributed_batchcam.checkpoint import load_checkpoint
 
