@@ -18,7 +18,7 @@ from .kills import undisturbed
 from .runs import OPTIONS, Figures, difference, finish, fresh, lines_so_far
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 240
+PATIENCE = 900
 EPOCHS = 8  # long enough to be met in the middle
 LONGER = ("--epochs", str(EPOCHS))
 
