@@ -167,7 +167,6 @@ def of_ray_trial(folder: Path, times: int) -> Figures:
     launch = Launch(
         fresh(folder / "sweep.log"),
         [*command, "--gpus-per-worker", "0", "--max-concurrent", "1"],
-        RAY_AUTH_MODE="disabled",
     )
     killed: dict[Path, str | None] = {}  # the run directory of a trial, and what went wrong
 
