@@ -46,7 +46,7 @@ def one_of_two(folder: Path, victim: int, moments: int, seed: int) -> Figures:
         children[victim].send(signal.SIGKILL)
         since = time.monotonic()
         other = children[1 - victim]
-        status, said = other.wait(60), other.said()
+        status, said = other.wait(120), other.said()
         if children[victim].wait() == -signal.SIGKILL and status != 0:
             figures.took("to detect", time.monotonic() - since)
             named += f"rank {victim}" in said

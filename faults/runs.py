@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 OPTIONS = [
     *("train", "--dataset", "digits", "--image-size", "16", "--batch-size", "64", "--device", "cpu", "--epochs", "2"),
-    *("--checkpoint-every", "7steps", "--log-every", "5", "--resume", "auto", "--timeout", "20"),
+    *("--checkpoint-every", "7steps", "--log-every", "5", "--resume", "auto", "--timeout", "40"),
 ]
 CLOCK = {"time", "images_per_second"}
 
