@@ -98,7 +98,7 @@ class Heartbeat:
                         self._look_after(seen)
                     self._verdict = self._store.get("verdict").decode()
                     self._heard = time.monotonic()
-            self._store.set(_key("beat", self._rank), "ended 0")
+            self._store.set(_key("beat", self._rank), f"ended {self.step}")
 
     def _guard(self) -> None:
         """End this process if it does not end by itself once there is a verdict, or no word from the main process."""
@@ -140,10 +140,14 @@ class Heartbeat:
         return self._verdict or self._straggler()
 
     def _straggler(self) -> str:
-        """All are alive, but a collective ran out of time: who is behind?"""
+        """All are alive, but a collective ran out of time: who has gone, or is behind?"""
         with suppress(RuntimeError):
             keys = [_key("beat", rank) for rank in range(self._size)]
-            steps = [int(beat.decode().split()[1]) for beat in self._store.multi_get(keys)]
+            beats = [beat.decode().split() for beat in self._store.multi_get(keys)]
+            for rank, (count, step) in enumerate(beats):
+                if count == "ended" and rank != self._rank:
+                    return f"{self._store.get(_key('who', rank)).decode()} ended after step {step}"
+            steps = [int(step) for _, step in beats]
             slowest = steps.index(min(steps))
             if min(steps) < max(steps):
                 who = self._store.get(_key("who", slowest)).decode()

@@ -8,29 +8,33 @@ python -m faults --of kills.json …                # to be put together
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import torch
 
-from . import costs, damage, disks, fuzz, kills, stops
+from . import costs, damage, disks, fuzz, kills, restarts, stops, trackers
 from .runs import Figures
 
 DOCUMENT = Path(__file__).parents[1] / "docs/reliability.md"
 
 
 def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figures]]]:
-    """Each kind of fault by name."""
-    return {
+    """Each kind of fault by name; in short, those that need a minute or more for one trial are left to `tests/`."""
+    times = 1 if short else 6  # of what takes long
+    chosen: dict[str, Callable[[Path], list[Figures]]] = {
         "kills": lambda folder: [stops.at_random_moments(folder, SIGKILL, 3 if short else 50, seed)],
-        "pairs": lambda folder: [kills.one_of_two(folder, 1 if short else 50, seed)],
+        "rank 0": lambda folder: [kills.one_of_two(folder, 0, 1 if short else 25, seed)],
+        "rank 1": lambda folder: [kills.one_of_two(folder, 1, 1 if short else 25, seed)],
+        "sizes": lambda folder: [kills.other_sizes(folder, 1 if short else 5, seed)],
         "writes": lambda folder: [kills.inside_writes(folder, 3 if short else None)],
         "space": lambda folder: [kills.full_disk(folder, 3 if short else None)],
         "damage": lambda folder: [damage.each_region(folder, 40 if short else 70)],
@@ -39,14 +43,25 @@ def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figur
         "stops": lambda folder: [stops.at_random_moments(folder, SIGTERM, 2 if short else 20, seed)],
         "one of two": lambda folder: [stops.of_one_of_two(folder, 1 if short else 10, seed)],
         "hangs": lambda folder: [stops.of_one_rank(folder, 4, (1,) if short else (0, 1) * 3)],
+        "torchrun": lambda folder: [restarts.of_elastic_launcher(folder, "torchrun --max-restarts", times, seed)],
         "fuzz": lambda folder: fuzz.everything(folder, 60 if short else 1500),
     }
+    if not short:
+        chosen |= {
+            "trackers": lambda folder: trackers.of_wandb(folder, times, seed),
+            "accelerate": lambda folder: [
+                restarts.of_elastic_launcher(folder, "accelerate launch --max_restarts", times, seed)
+            ],
+            "requeue": lambda folder: [restarts.of_requeued_job(folder, times, seed)],
+            "trials": lambda folder: [restarts.of_ray_trial(folder, times)],
+        }
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few of each")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(experiments(True, 0)), help="some kinds")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(experiments(False, 0)), help="some kinds")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="for the bare figures, instead of the document")
     parser.add_argument("--of", nargs="+", type=Path, metavar="FILE.json", help="write the document of these figures")
@@ -62,7 +77,8 @@ def main() -> None:
     since = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for name, experiment in chosen.items():
-            found += experiment(Path(folder))
+            figures = experiment(Path(folder))
+            found += [replace(one, load=os.getloadavg()[1]) for one in figures]
             tried, survived = sum(f.tried for f in found), sum(f.survived for f in found)
             print(f"{name}, {time.monotonic() - since:.0f} s: {survived:,} of {tried:,} so far", flush=True)
     seconds = time.monotonic() - since
@@ -84,16 +100,30 @@ def write(found: list[Figures], seconds: float) -> None:
 
 def document(found: list[Figures], cost: str, seconds: float) -> str:
     """The figures as Markdown."""
-    rows = [
-        f"| {figures.fault} | {figures.tried:,} | {figures.survived:,} | {_seconds(figures)} | {figures.note} |"
-        for figures in found
-    ]
     return _TEXT.format(
-        rows="\n".join(rows),
+        faults=_table([figures for figures in found if figures.kind == "fault"]),
+        restarts=_table([figures for figures in found if figures.kind == "restart"]),
+        soak=_table([figures for figures in found if figures.kind == "soak"]),
         cost=cost,
         minutes=round(seconds / 60),
-        machine=f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     )
+
+
+def _table(found: list[Figures]) -> str:
+    titles = ["what happened", "tried", "survived", "seconds, median", "load", ""]
+    rows = [
+        [
+            figures.fault,
+            f"{figures.tried:,}",
+            f"{figures.survived:,}",
+            _seconds(figures),
+            "" if figures.load is None else f"{figures.load:.1f}",
+            figures.note,
+        ]
+        for figures in found
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *rows])
 
 
 def _seconds(figures: Figures) -> str:
@@ -105,18 +135,40 @@ def _seconds(figures: Figures) -> str:
 
 _TEXT = """# Reliability
 
-Written by `make faults`; not to be edited. {machine}; {minutes} minutes.
+Written by `make faults` and `make soak`; not to be edited. {machine}; {minutes} minutes. No GPU was there.
+
+A run is `simple_cnn` on digits of 16×16 pixels, two epochs of 20 steps, with a checkpoint every 7 steps, on the CPU.
+"Load" is the machine's average number of processes that wanted to run, one to three of them being the run itself: where
+it is above the number of cores, other work was going on, and the seconds are longer than they would have been.
+
+## Faults
 
 "Survived" means: the run went on with `--resume auto` and ended with the weights of the undisturbed run bit for bit and
-with the same `metrics.jsonl` but for times and rates; a full disk or a signal was one line; damage was named and never
-loaded; strange input was read or refused in one line. A run is `simple_cnn` on digits of 16×16 pixels, two epochs of 20
-steps, with a checkpoint every 7 steps, on the CPU. No GPU was there.
+with the same `metrics.jsonl` but for times and rates (on another number of processes: with the same losses within 2 %);
+a full or read-only folder or a signal was one line; damage was named and never loaded; strange input was read or
+refused in one line; trouble with W&B changed nothing.
 
-| fault | tried | survived | seconds, median | |
-|---|---|---|---|---|
-{rows}
+{faults}
+
+## Restarted launches
+
+A run of 8 epochs, met in its middle and started again by somebody else. "Survived" means that nobody had to do anything
+and that it ended as the undisturbed one did, bit for bit: how far each of these can be trusted. The time is from the
+fault, or from the second start of a job, until the run is further than it was: the launcher's own patience, the start
+of Python, and the steps since the last checkpoint. All need `--resume auto` and the same `--out`. This project does not
+use the worker groups of Ray Train: a trial starts its own processes (`tune/ranks.py`), and is itself started again.
+
+{restarts}
+
+## What a checkpoint costs
 
 {cost}
+
+## Soak
+
+Short runs in one process, one after the other, and launches one after the other; medians of five at both ends.
+
+{soak}
 """
 
 

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import stat
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,48 +12,84 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .runs import Child, Figures, difference, finish, fresh, start_pair, traceback_in
+from .runs import Child, Figures, difference, finish, fresh, lines_of, lines_so_far, start_group, traceback_in
 
 CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 """Of `os`: all that changes which files there are, and what makes them last."""
+LOSS_TOLERANCE = 0.02
+"""Relative: sums of float32 in another order, after as many steps as a run has."""
 
 
 _seconds: dict[Path, float] = {}
 
 
-def undisturbed(folder: Path, size: int = 1) -> tuple[Path, float]:
+def undisturbed(folder: Path, size: int = 1, options: tuple[str, ...] = ()) -> tuple[Path, float]:
     """A finished run to compare with, and the seconds it takes."""
-    out = folder / f"undisturbed-{size}"
+    out = folder / "-".join(["undisturbed", str(size), *options])
     if out not in _seconds:
-        finish(fresh(out), size=size)  # the first one is slower
-        failure, _seconds[out] = finish(fresh(out), size=size)
+        finish(fresh(out), [*options], size=size)  # the first one is slower
+        failure, _seconds[out] = finish(fresh(out), [*options], size=size)
         assert failure is None, failure
     return out, _seconds[out]
 
 
-def one_of_two(folder: Path, moments: int, seed: int) -> Figures:
+def one_of_two(folder: Path, victim: int, moments: int, seed: int) -> Figures:
     """Two gloo processes, one of them killed; the other must end by itself and say who is gone."""
-    figures, dice = Figures("kill -9 of one of two gloo processes"), random.Random(seed)
+    which = "the other" if victim else "the main one"
+    figures, dice = Figures(f"kill -9 of one of two gloo processes, {which}"), random.Random(seed)
     whole, seconds = undisturbed(folder, size=2)
     named = 0
     for _ in range(moments):
-        out, moment, victim = fresh(folder / "killed"), dice.uniform(0, seconds), dice.randrange(2)
-        children = start_pair(out)
+        out, moment = fresh(folder / "killed"), dice.uniform(0, seconds)
+        children = start_group(out)
         children[victim].wait_until(moment)
         children[victim].send(signal.SIGKILL)
         since = time.monotonic()
         other = children[1 - victim]
-        status = other.wait(60)
+        status, said = other.wait(120), other.said()
         if children[victim].wait() == -signal.SIGKILL and status != 0:
             figures.took("to detect", time.monotonic() - since)
-            named += f"rank {victim}" in other.said()
-        failure = "the other process hangs" if status is None else None
+            named += f"rank {victim}" in said
+            if f"rank {victim}" not in said:
+                print(f"not named after {moment:.2f} s: {said.strip()}", file=sys.stderr)
+        failure = "the other process hangs" if status is None else traceback_in(said)
         if failure is None:
             failure, took = finish(out, size=2)
             figures.took("to resume and end", took)
         figures.count(_at(f"{moment:.2f} s, rank {victim}", failure or difference(out, whole)))
     hits = len(figures.seconds.get("to detect", []))
-    figures.note = f"seed {seed}; the lost rank was named {named} of {hits} times that one was lost before the end"
+    figures.note = (
+        f"seed {seed}; a run takes {seconds:.1f} s; the rank was named {named} of {hits} times that it was lost "
+        "before the end"
+    )
+    return figures
+
+
+def other_sizes(folder: Path, times: int, seed: int) -> Figures:
+    """Both of two processes killed within training; one, or three, go on along the same loss curve."""
+    figures, dice = Figures("two processes killed, resumed on one and on three"), random.Random(seed)
+    whole, _ = undisturbed(folder, size=2)
+    furthest = 0.0
+    for size in (1, 3) * times:
+        out = fresh(folder / "resized")
+        children = start_group(out)
+        while not lines_so_far(out) and not children[0].ended():
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.5))
+        for child in children:
+            child.send(signal.SIGKILL)
+        for child in children:
+            child.wait()
+        failure, _ = finish(out, size=size)
+        if failure is None:
+            apart = [
+                abs(ours["loss"] / theirs["loss"] - 1)
+                for ours, theirs in zip(lines_of(out), lines_of(whole), strict=True)
+            ]
+            furthest = max(furthest, *apart)
+            failure = f"on {size}: the loss differs by {max(apart):.1e}" if max(apart) > LOSS_TOLERANCE else None
+        figures.count(failure)
+    figures.note = f"seed {seed}; the losses logged afterwards differ by {100 * furthest:.3f} % at most"
     return figures
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 OPTIONS = [
     *("train", "--dataset", "digits", "--image-size", "16", "--batch-size", "64", "--device", "cpu", "--epochs", "2"),
-    *("--checkpoint-every", "7steps", "--log-every", "5", "--resume", "auto", "--timeout", "20"),
+    *("--checkpoint-every", "7steps", "--log-every", "5", "--resume", "auto", "--timeout", "40"),
 ]
 CLOCK = {"time", "images_per_second"}
 
@@ -42,11 +42,13 @@ class Figures:
     """What one kind of fault came to."""
 
     fault: str
+    kind: Literal["fault", "restart", "soak"] = "fault"  # the part of the document
     tried: int = 0
     survived: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by what took them
     failures: list[str] = field(default_factory=list)
     note: str = ""
+    load: float | None = None  # of the machine meanwhile
 
     def count(self, failure: str | None) -> None:
         """Count one trial; `failure` says what went wrong, if anything."""
@@ -153,18 +155,18 @@ def _other_threads() -> list[str]:
     return [name for name in names if name != "jemalloc_bg_thd"]
 
 
-def start_pair(out: Path, options: list[str] | None = None) -> list[Child]:
-    """A run on two processes."""
+def start_group(out: Path, options: list[str] | None = None, size: int = 2) -> list[Child]:
+    """A run on several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Child(out, options, rank=rank, size=2, port=port) for rank in (0, 1)]
+    return [Child(out, options, rank=rank, size=size, port=port) for rank in range(size)]
 
 
 def finish(out: Path, options: list[str] | None = None, *, size: int = 1) -> tuple[str | None, float]:
     """Let a run go on to its end: what went wrong, if anything, and the seconds it took."""
     since = time.monotonic()
-    children = [Child(out, options)] if size == 1 else start_pair(out, options)
+    children = [Child(out, options)] if size == 1 else start_group(out, options, size)
     statuses = [child.wait() for child in children]
     if any(statuses):
         return f"resumed with status {statuses}: {children[0].said()[-500:]}", time.monotonic() - since
@@ -187,10 +189,17 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
+def lines_so_far(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 def traceback_in(said: str) -> str | None:
     return f"a traceback: {said[-500:]}" if "Traceback" in said else None
 
 
 def fresh(out: Path) -> Path:
+    """The path of a folder or file, with nothing there any more."""
     shutil.rmtree(out, ignore_errors=True)
+    out.unlink(missing_ok=True)
     return out

@@ -29,7 +29,7 @@ GROWTH = {"MiB of memory": 64, "open files": 0, "threads": 0}
 
 def runs_in_one_process(folder: Path, minutes: float) -> Figures:
     """Back-to-back runs; memory, open files and threads of the process after each."""
-    figures = Figures(f"runs in one process, back to back for {minutes:g} minutes")
+    figures = Figures(f"runs in one process, back to back for {minutes:g} minutes", "soak")
     found: dict[str, list[int]] = {what: [] for what in GROWTH}
     deadline = time.monotonic() + 60 * minutes
     while time.monotonic() < deadline or figures.tried < WARM_UP + 2 * ENDS:
@@ -50,7 +50,7 @@ def runs_in_one_process(folder: Path, minutes: float) -> Figures:
 
 def launches(folder: Path, count: int) -> Figures:
     """Runs in processes of their own: each ends well and leaves no process behind."""
-    figures, memory = Figures("launches one after another"), []
+    figures, memory = Figures("launches one after another", "soak"), []
     for number in range(count):
         out = folder / f"launch-{number}"
         command = [sys.executable, "-m", "distributed_batchcam", *OPTIONS, "--epochs", "1", "--out", str(out)]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from .kills import undisturbed
-from .runs import Child, Figures, difference, finish, fresh, start_pair, traceback_in
+from .runs import Child, Figures, difference, finish, fresh, lines_so_far, start_group, traceback_in
 
 
 def at_random_moments(folder: Path, number: signal.Signals, moments: int, seed: int) -> Figures:
@@ -41,7 +41,7 @@ def of_one_of_two(folder: Path, moments: int, seed: int) -> Figures:
     options = ["--checkpoint-every", "1s"]
     for _ in range(moments):
         out, told = fresh(folder / "stopped"), dice.randrange(2)
-        children = start_pair(out, options)
+        children = start_group(out, options)
         while not lines_so_far(out) and not children[told].ended():
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.5))
@@ -56,18 +56,13 @@ def of_one_of_two(folder: Path, moments: int, seed: int) -> Figures:
     return figures
 
 
-def lines_so_far(out: Path) -> int:
-    file = out / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
 def of_one_rank(folder: Path, timeout: int, victims: tuple[int, ...]) -> Figures:
     """SIGSTOP to one of two ranks: the other ends within the time given, and names it."""
     figures = Figures("SIGSTOP of one of two gloo processes")
     whole, _ = undisturbed(folder, size=2)
     for victim in victims:
         out = fresh(folder / "standing")
-        children = start_pair(out, ["--timeout", str(timeout), "--epochs", "2"])
+        children = start_group(out, ["--timeout", str(timeout), "--epochs", "2"])
         while not list(out.glob("checkpoints/epoch_*")) and not children[victim].ended():
             time.sleep(0.01)
         children[victim].send(signal.SIGSTOP)
