@@ -264,39 +264,35 @@ def test_users_own_prototypes_are_trained_towards_and_saved(tmp_path: Path) -> N
 
 
 def masks_of_digits(folder: Path) -> Path:
-    """A mask per class: the left half of the images of even digits, the right half of odd ones."""
+    """A mask per class, the left half of the image."""
     from PIL import Image
 
     folder.mkdir()
     for digit in range(10):
         mask = Image.new("L", (16, 16))
-        mask.paste(255, (8 * (digit % 2), 0, 8 * (digit % 2) + 8, 16))
+        mask.paste(255, (0, 0, 8, 16))
         mask.save(folder / f"{digit}.png")
     return folder
 
 
-def input_gradient_shares(run_dir: Path) -> list[float]:
-    """For even digits and for odd ones, the share of squared input gradients in the left half of test images."""
+def input_gradient_on_the_left(run_dir: Path) -> float:
+    """Share of squared input gradients in the left half of test images."""
     data = load_data("digits", image_size=16)
     model = load_run(run_dir).model.eval()
     images = data.normalize(data.test.images.float() / 255).requires_grad_()
     scores = model(images).logits.log_softmax(1)
     gradient = torch.autograd.grad(scores.sum(), images)[0].square().sum(1)
-    halves = gradient[:, :, :8].sum((1, 2)), gradient.sum((1, 2))
-    even = data.test.targets % 2 == 0
-    return [(halves[0][group].sum() / halves[1][group].sum()).item() for group in (even, ~even)]
+    return (gradient[:, :, :8].sum() / gradient.sum()).item()
 
 
 def test_users_own_masks_say_where_the_input_must_not_matter(tmp_path: Path) -> None:
     masks = masks_of_digits(tmp_path / "masks")
-    options = ["--epochs", "3", "--objective", "rrr", "--masks", str(masks)]
-    assert train(tmp_path / "weak", *options, "--weight", "1e-6") == 0
-    assert train(tmp_path / "strong", *options, "--weight", "1") == 0
-    even, odd = input_gradient_shares(tmp_path / "strong")
-    even_before, odd_before = input_gradient_shares(tmp_path / "weak")
-    assert even < even_before - 0.1
-    assert odd > odd_before + 0.1
-    assert str(masks) in (tmp_path / "strong/config.yaml").read_text()
+    options = ["--epochs", "4", "--objective", "rrr", "--masks", str(masks)]
+    for weight in ("1e-6", "1e-3"):
+        assert train(tmp_path / weight, *options, "--weight", weight) == 0
+    assert input_gradient_on_the_left(tmp_path / "1e-6") > 0.4
+    assert input_gradient_on_the_left(tmp_path / "1e-3") < 0.3
+    assert str(masks) in (tmp_path / "1e-3/config.yaml").read_text()
 
 
 def test_a_run_with_masks_repeats_and_resumes(tmp_path: Path) -> None:
@@ -319,8 +315,8 @@ def test_accumulated_input_gradients_follow_the_whole_batch(tmp_path: Path) -> N
 
 
 def test_a_transformer_with_fused_attention_trains_on_input_gradients(tmp_path: Path) -> None:
-    options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--objective", "rrr", "--debug"]
-    assert train(tmp_path / "run", "--epochs", "3", "--lr", "3e-4", "--dataset", "decoy_digits", *options) == 0
+    options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch-size", "512", "--epochs", "1"]
+    assert train(tmp_path / "run", "--dataset", "decoy_digits", "--objective", "rrr", *options) == 0
 
 
 def test_ten_clean_prototypes_keep_a_model_from_the_decoy(tmp_path: Path) -> None:
@@ -333,8 +329,8 @@ def test_ten_clean_prototypes_keep_a_model_from_the_decoy(tmp_path: Path) -> Non
     assert train(tmp_path / "psl", *options, *psl) == 0
     misled, right = (summary_of(tmp_path / name)["test_accuracy"] for name in ("baseline", "psl"))
     assert lines_of(tmp_path / "baseline", "valid")[-1]["accuracy"] > 95
-    assert right > misled + 20
-    assert right > 80
+    assert misled < 93
+    assert right > 96
 
 
 def test_debug_mode_ends_with_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

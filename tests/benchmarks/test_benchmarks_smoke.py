@@ -76,6 +76,28 @@ def test_step_time_times_every_objective_against_the_plain_step(
     assert os.listdir(tmp_path / "new folder") == ["steps.json"]
 
 
+def test_step_time_takes_sums_and_what_differentiates_the_whole_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--models", "simple_cnn", "--objectives", "rrr", "bcpl_l1+10psl+rrr_g"]
+    document = run(step_time.main, tmp_path / "steps.json", *options)
+    check(document)
+    assert [row["name"] for row in document["tables"][0]["rows"]] == ["plain", "rrr", "bcpl_l1+10psl+rrr_g"]
+    for flags, message in (
+        ([*options, "--compile", "yes"], "rrr differentiates the network twice: leave --compile out"),
+        (["--models", "simple_cnn", "--objectives", "pls"], "unknown objective 'pls'; did you mean psl"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            step_time.main([*SMALL, *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_the_masks_of_step_time_are_a_corner() -> None:
+    masks = step_time.corner_masks(torch.rand(2, 3, 9, 9))
+    assert masks.shape == (2, 9, 9)
+    assert masks.sum((1, 2)).tolist() == masks[:, :4, :4].sum((1, 2)).tolist() == [16, 16]
+
+
 def test_step_time_takes_any_model_and_some_objectives(tmp_path: Path) -> None:
     document = run(
         step_time.main, tmp_path / "steps.json", "--models", "simple_cnn", "resnet18", "--objectives", "bcpl_l1"
