@@ -69,8 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.of:
         parts = [json.loads(file.read_text()) for file in options.of]
-        found = [Figures(**figures) for part in parts for figures in part["figures"]]
-        DOCUMENT.write_text(document(found, sum(part["seconds"] for part in parts)))
+        measured = [Figures(**figures) for part in parts for figures in part["figures"]]
+        DOCUMENT.write_text(document(measured, sum(part["seconds"] for part in parts)))
         return
     chosen = {
         name: run for name, run in experiments(options.short, options.seed).items() if name in (options.only or [name])
