@@ -140,7 +140,7 @@ Written by `make faults` and `make soak`; not to be edited. {machine}; {minutes}
 A run is `simple_cnn` on digits of 16×16 pixels, two epochs of 20 steps, with a checkpoint every 7 steps, on the CPU.
 "Processors" is how many of them the experiment had on average: about 1 for runs of one process where the machine is
 idle, up to 2 for two. Where it is far below, other work went on, and the seconds are longer than they would have been
-(but for experiments that wait for a `--timeout` by their nature).
+(but for experiments that wait for a `--timeout` by their nature). Where it is not given, the machine was busy.
 
 ## Faults
 
