@@ -45,7 +45,6 @@ def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figur
         "hangs": lambda folder: [stops.of_one_rank(folder, 4, (1,) if short else (0, 1) * 3)],
         "torchrun": lambda folder: [restarts.of_elastic_launcher(folder, "torchrun --max-restarts", times, seed)],
         "fuzz": lambda folder: fuzz.everything(folder, 60 if short else 1500),
-        "costs": costs.of_checkpoints,
     }
     if not short:
         chosen |= {
@@ -55,6 +54,7 @@ def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figur
             ],
             "requeue": lambda folder: [restarts.of_requeued_job(folder, times, seed)],
             "trials": lambda folder: [restarts.of_ray_trial(folder, times)],
+            "costs": costs.of_checkpoints,
         }
     return chosen
 
