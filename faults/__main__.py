@@ -54,6 +54,7 @@ def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figur
             ],
             "requeue": lambda folder: [restarts.of_requeued_job(folder, times, seed)],
             "trials": lambda folder: [restarts.of_ray_trial(folder, times)],
+            "costs": costs.of_checkpoints,
         }
     return chosen
 
@@ -68,7 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.of:
         parts = [json.loads(file.read_text()) for file in options.of]
-        write([Figures(**figures) for part in parts for figures in part["figures"]], sum(p["seconds"] for p in parts))
+        measured = [Figures(**figures) for part in parts for figures in part["figures"]]
+        DOCUMENT.write_text(document(measured, sum(part["seconds"] for part in parts)))
         return
     chosen = {
         name: run for name, run in experiments(options.short, options.seed).items() if name in (options.only or [name])
@@ -77,13 +79,14 @@ def main() -> None:
     since = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for name, experiment in chosen.items():
+            before = os.times()
             figures = experiment(Path(folder))
-            found += [replace(one, load=os.getloadavg()[1]) for one in figures]
+            found += [replace(one, processors=_processors(before, os.times())) for one in figures]
             tried, survived = sum(f.tried for f in found), sum(f.survived for f in found)
             print(f"{name}, {time.monotonic() - since:.0f} s: {survived:,} of {tried:,} so far", flush=True)
     seconds = time.monotonic() - since
     if options.out is None:
-        write(found, seconds)
+        DOCUMENT.write_text(document(found, seconds))
     else:
         all_figures = {"seconds": seconds, "figures": [asdict(figures) for figures in found]}
         options.out.write_text(json.dumps(all_figures, indent=2))
@@ -92,33 +95,30 @@ def main() -> None:
     sys.exit(bool(failures))
 
 
-def write(found: list[Figures], seconds: float) -> None:
-    """Measure what checkpoints cost, and write the document."""
-    with tempfile.TemporaryDirectory() as folder:
-        DOCUMENT.write_text(document(found, costs.of_checkpoints(Path(folder)), seconds))
+def _processors(before: os.times_result, after: os.times_result) -> float:
+    """How many processors this process and its children had in between, on average."""
+    return (sum(after[:4]) - sum(before[:4])) / (after.elapsed - before.elapsed)
 
 
-def document(found: list[Figures], cost: str, seconds: float) -> str:
+def document(found: list[Figures], seconds: float) -> str:
     """The figures as Markdown."""
+    kinds = ("fault", "restart", "cost", "soak")
     return _TEXT.format(
-        faults=_table([figures for figures in found if figures.kind == "fault"]),
-        restarts=_table([figures for figures in found if figures.kind == "restart"]),
-        soak=_table([figures for figures in found if figures.kind == "soak"]),
-        cost=cost,
+        **{kind: _table([figures for figures in found if figures.kind == kind]) for kind in kinds},
         minutes=round(seconds / 60),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     )
 
 
 def _table(found: list[Figures]) -> str:
-    titles = ["what happened", "tried", "survived", "seconds, median", "load", ""]
+    titles = ["what happened", "tried", "survived", "seconds, median", "processors", ""]
     rows = [
         [
             figures.fault,
             f"{figures.tried:,}",
             f"{figures.survived:,}",
             _seconds(figures),
-            "" if figures.load is None else f"{figures.load:.1f}",
+            "" if figures.processors is None else f"{figures.processors:.2f}",
             figures.note,
         ]
         for figures in found
@@ -128,7 +128,7 @@ def _table(found: list[Figures]) -> str:
 
 def _seconds(figures: Figures) -> str:
     return ", ".join(
-        f"{what}: {statistics.median(values):.1f} (at most {max(values):.1f})"
+        f"{what}: {statistics.median(values):.3g} (at most {max(values):.3g})"
         for what, values in figures.seconds.items()
     )
 
@@ -138,8 +138,9 @@ _TEXT = """# Reliability
 Written by `make faults` and `make soak`; not to be edited. {machine}; {minutes} minutes. No GPU was there.
 
 A run is `simple_cnn` on digits of 16×16 pixels, two epochs of 20 steps, with a checkpoint every 7 steps, on the CPU.
-"Load" is the machine's average number of processes that wanted to run, one to three of them being the run itself: where
-it is above the number of cores, other work was going on, and the seconds are longer than they would have been.
+"Processors" is how many of them the experiment had on average: about 1 for runs of one process where the machine is
+idle, up to 2 for two. Where it is far below, other work went on, and the seconds are longer than they would have been
+(but for experiments that wait for a `--timeout` by their nature). Where it is not given, the machine was busy.
 
 ## Faults
 
@@ -148,7 +149,7 @@ with the same `metrics.jsonl` but for times and rates (on another number of proc
 a full or read-only folder or a signal was one line; damage was named and never loaded; strange input was read or
 refused in one line; trouble with W&B changed nothing.
 
-{faults}
+{fault}
 
 ## Restarted launches
 
@@ -158,7 +159,7 @@ fault, or from the second start of a job, until the run is further than it was: 
 of Python, and the steps since the last checkpoint. All need `--resume auto` and the same `--out`. This project does not
 use the worker groups of Ray Train: a trial starts its own processes (`tune/ranks.py`), and is itself started again.
 
-{restarts}
+{restart}
 
 ## What a checkpoint costs
 

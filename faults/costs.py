@@ -10,50 +10,44 @@ from distributed_batchcam.checkpoint import load_checkpoint, pack
 from distributed_batchcam.checkpoint_writer import CheckpointWriter
 from distributed_batchcam.run_directory import RunDirectory
 
-from .runs import Child, fresh
+from .runs import Child, Figures, fresh
 
 MODELS = {"simple_cnn": 28, "resnet18": 28}
 REPEATS = 5
 
 
-def of_checkpoints(folder: Path) -> str:
-    """Markdown: how long training waits for a checkpoint, and how long its writing takes beside it."""
-    rows = [_row(folder, model, size) for model, size in MODELS.items()]
-    titles = [
-        "checkpoint of",
-        "MB",
-        "training waits, ms",
-        "written beside it in, ms",
-        "one every 500 s costs",
-        "read, ms",
-    ]
-    return "\n".join([f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *rows])
+def of_checkpoints(folder: Path) -> list[Figures]:
+    """How long training waits for a checkpoint, how long its writing takes beside it, and its reading."""
+    return [_of_model(folder, model, size) for model, size in MODELS.items()]
 
 
-def _row(folder: Path, model: str, size: int) -> str:
+def _of_model(folder: Path, model: str, size: int) -> Figures:
     out = fresh(folder / model)
     options = ["--model", model, "--image-size", str(size), "--epochs", "1", "--batch-size", "256"]
-    assert Child(out, options).wait(400) == 0
+    assert Child(out, options).wait(1200) == 0
     path = RunDirectory(out, resumed=True).checkpoint(1)
-    since = time.monotonic()
+    megabytes = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    figures = Figures(f"checkpoint of `{model}`, {megabytes:.0f} MB", "cost")
     state = load_checkpoint(path)
-    reading = time.monotonic() - since
     directory = RunDirectory(folder / f"{model}-copies", resumed=False)
     writer = CheckpointWriter(directory, 2, print)
-    waits, writes = [], []
     for number in range(REPEATS):
         since = time.monotonic()
         pack(state)
-        waits.append(time.monotonic() - since)
+        figures.took("training waits", time.monotonic() - since)
         writer.save(f"epoch_{number:05d}", state, 0)
         since = time.monotonic()
         writer.wait()
-        writes.append(time.monotonic() - since)
+        figures.took("written beside it in", time.monotonic() - since)
+        since = time.monotonic()
+        load_checkpoint(directory.checkpoint(number))
+        figures.took("read and checked in", time.monotonic() - since)
+        figures.count(None)
     writer.close()
-    megabytes = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-    wait, write = statistics.median(waits), statistics.median(writes)
-    share = f"{100 * wait / 500:.4f} % ({100 * (wait + write) / 500:.4f} % if nothing overlapped)"
-    return f"| `{model}` | {megabytes:.0f} | {1000 * wait:.1f} | {1000 * write:.0f} | {share} | {1000 * reading:.0f} |"
+    wait, write = (statistics.median(figures.seconds[what]) for what in ("training waits", "written beside it in"))
+    share, at_most = (100 * seconds / 500 for seconds in (wait, wait + write))
+    figures.note = f"one every 500 s costs {share:.4f} % of a run, {at_most:.4f} % if nothing overlapped"
+    return figures
 
 
 torch.set_num_threads(1)

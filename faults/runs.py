@@ -42,13 +42,13 @@ class Figures:
     """What one kind of fault came to."""
 
     fault: str
-    kind: Literal["fault", "restart", "soak"] = "fault"  # the part of the document
+    kind: Literal["fault", "restart", "cost", "soak"] = "fault"  # the part of the document
     tried: int = 0
     survived: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by what took them
     failures: list[str] = field(default_factory=list)
     note: str = ""
-    load: float | None = None  # of the machine meanwhile
+    processors: float | None = None  # that it got, on average
 
     def count(self, failure: str | None) -> None:
         """Count one trial; `failure` says what went wrong, if anything."""
