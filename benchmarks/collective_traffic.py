@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for world in options.processes:
         bare, found = measured(world, options.shapes, options.rounds, options.warmup, options.threads)
         for name in options.shapes:
-            times = {reduction: found[name, reduction].totals for reduction in REDUCTIONS}
+            times: dict[str, list[float]] = {reduction: found[name, reduction].totals for reduction in REDUCTIONS}
             tables.append(Table.of(f"collectives of a step, {name}, gloo, {world} ranks", times))
         gloo.append(compared(world, bare, found))
         print(compared_in_words(gloo[-1]))
