@@ -102,8 +102,8 @@ def _bars(tables: Mapping[tuple[str, str], Table], options: argparse.Namespace, 
         )
 
     return [
-        bar(OURS, FORWARD, "at most", 1.1),
-        bar(PYTORCH_GRAD_CAM, OURS_RESIZED, "at least", 2.5),
+        bar(OURS, FORWARD, "at most", 1.05),
+        bar(PYTORCH_GRAD_CAM, OURS_RESIZED, "at least", 3),
         bar(TORCH_CAM, OURS, "at least", 1),
         bar(CAPTUM, OURS, "at least", 1),
     ]

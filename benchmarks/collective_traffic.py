@@ -2,7 +2,8 @@
 
 Bytes and calls are counted by a wrapper around `torch.distributed.all_reduce` while real ranks compute class CAMs and
 their gradients, by both reductions, for the feature maps (C, K, H, W) of several models. The same ranks time every
-collective, each after a barrier, and bare all-reduces of several sizes, which the model of a collective is fitted to:
+collective, each after a barrier, and between them bare all-reduces of several sizes, which the model of a collective
+is fitted to:
 
     seconds(n bytes, W ranks) = hops(W)·latency + 2·(W - 1)/W · n / bandwidth
 
@@ -15,7 +16,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -33,9 +34,12 @@ from distributed_batchcam.class_sums import Reduction
 
 from .timing import Bar, Table, argument_parser, positive, report
 
+Case = tuple[str, Reduction]
+"""Name of a shape, and a reduction."""
+
 REDUCTIONS: tuple[Reduction, ...] = ("factored", "sums")
 SAMPLES = 16  # of each rank
-RAW_BYTES = (4, 4 << 10, 64 << 10, 1 << 20, 8 << 20)
+BARE_BYTES = (4, 1 << 10, 8 << 10, 64 << 10, 512 << 10, 4 << 20, 32 << 20)
 PATIENCE = timedelta(seconds=300)
 BYTES_BAR, SHARE_BAR = 1 / 20, 2.0
 
@@ -101,23 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(options.processes) < 2:
         parser.error(f"--processes must be at least 2, got {min(options.processes)}")
 
-    tables, traffic, checks = [], [], []
+    tables, traffic, gloo = [], [], []
     for world in options.processes:
-        raw, found = measured(world, options.shapes, options.rounds, options.warmup, options.threads)
-        latency, bandwidth = fitted(raw, ring_hops(world), world)
-        print(f"gloo, {world} ranks: {1e6 * latency:.0f} µs a hop, {bandwidth / 1e9:.2f} GB/s")
+        bare, found = measured(world, options.shapes, options.rounds, options.warmup, options.threads)
         for name in options.shapes:
-            of_shape = {reduction: found[name, reduction] for reduction in REDUCTIONS}
-            title = f"collectives of a step, {name}, gloo, {world} ranks"
-            tables.append(Table.of(title, {reduction: of.totals for reduction, of in of_shape.items()}))
-            for reduction, of in of_shape.items():
-                expected = sum(collective_seconds(n, ring_hops(world), world, latency, bandwidth) for n in of.sizes)
-                ratio = statistics.median(of.totals) / expected
-                checks.append({"shape": name, "reduction": reduction, "ranks": world, "measured ÷ modelled": ratio})
-                print(f"  {name}, {reduction}: measured ÷ modelled {ratio:.2f}")
-                if world == options.processes[0]:
-                    shape = SHAPES[name]._asdict()
-                    traffic.append({"name": name, **shape, "reduction": reduction, "bytes": of.sizes})
+            times: dict[str, list[float]] = {reduction: found[name, reduction].totals for reduction in REDUCTIONS}
+            tables.append(Table.of(f"collectives of a step, {name}, gloo, {world} ranks", times))
+        gloo.append(compared(world, bare, found))
+        print(compared_in_words(gloo[-1]))
+    for (name, reduction), of in found.items():
+        traffic.append({"name": name, **SHAPES[name]._asdict(), "reduction": reduction, "bytes": of.sizes})
     print()
     for row in traffic:
         sizes = row["bytes"]
@@ -155,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.device("cpu"),
         tables,
         bars,
-        further={"traffic": traffic, "gloo_check": checks, "model": model},
+        further={"traffic": traffic, "gloo": gloo, "model": model},
     )
 
 
@@ -177,11 +174,47 @@ def collective_seconds(size: float, hops: int, world: int, latency: float, bandw
     return hops * latency + 2 * (world - 1) / world * size / bandwidth
 
 
-def fitted(raw: dict[int, float], hops: int, world: int) -> tuple[float, float]:
-    """Latency (s a hop) and bandwidth (bytes/s) from seconds by size: the smallest gives one, the largest the other."""
-    small, large = min(raw), max(raw)
-    latency = raw[small] / hops
-    return latency, 2 * (world - 1) / world * (large - small) / (raw[large] - raw[small])
+def fitted(bare: Mapping[int, float], hops: int, world: int) -> tuple[float, float]:
+    """Latency (s a hop) and bandwidth (bytes/s) from seconds by bytes: least squares of the relative errors."""
+    sizes, seconds = (torch.tensor(list(values), dtype=torch.float64) for values in (bare.keys(), bare.values()))
+    terms = torch.stack([torch.full_like(sizes, hops), 2 * (world - 1) / world * sizes], 1)
+    latency, inverse = torch.linalg.lstsq(terms / seconds[:, None], torch.ones_like(seconds)).solution.tolist()
+    return latency, 1 / inverse
+
+
+def compared(world: int, bare: Mapping[int, float], found: Mapping[Case, "Found"]) -> dict[str, Any]:
+    """The model fitted to bare all-reduces on gloo, and measured ÷ modelled time of these and of class CAMs."""
+    hops = ring_hops(world)
+    latency, bandwidth = fitted(bare, hops, world)
+
+    def ratio(measured: float, sizes: Sequence[int]) -> float:
+        return measured / sum(collective_seconds(size, hops, world, latency, bandwidth) for size in sizes)
+
+    return {
+        "ranks": world,
+        "latency": latency,
+        "bandwidth": bandwidth,
+        "bare": [
+            {"bytes": size, "seconds": time, "measured ÷ modelled": ratio(time, [size])} for size, time in bare.items()
+        ],
+        "class_cams": [
+            {
+                "shape": name,
+                "reduction": reduction,
+                "measured ÷ modelled": ratio(statistics.median(of.totals), of.sizes),
+            }
+            for (name, reduction), of in found.items()
+        ],
+    }
+
+
+def compared_in_words(entry: dict[str, Any]) -> str:
+    """What `compared` found, a line each."""
+    rate = f"{1e6 * entry['latency']:.0f} µs a hop, {entry['bandwidth'] / 1e9:.2f} GB/s"
+    lines = [f"gloo, {entry['ranks']} ranks: {rate}; measured ÷ modelled:"]
+    lines += [f"  bare, {row['bytes']:,} bytes: {row['measured ÷ modelled']:.2f}" for row in entry["bare"]]
+    lines += [f"  {row['shape']}, {row['reduction']}: {row['measured ÷ modelled']:.2f}" for row in entry["class_cams"]]
+    return "\n".join(lines)
 
 
 def modelled_share(cluster: Cluster, sizes: Sequence[int]) -> float:
@@ -201,15 +234,15 @@ def modelled_share(cluster: Cluster, sizes: Sequence[int]) -> float:
 
 def measured(
     world: int, shapes: Sequence[str], rounds: int, warmup: int, threads: int
-) -> tuple[dict[int, float], dict[tuple[str, str], Found]]:
-    """Of rank 0 of so many: median seconds of bare all-reduces by bytes, and what it found by shape and reduction."""
+) -> tuple[dict[int, float], dict[Case, Found]]:
+    """Of rank 0 of so many: median seconds of bare all-reduces by bytes, and what it found of class CAMs."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(  # type: ignore[attr-defined]
             _rank, args=(world, folder, shapes, rounds, warmup, max(1, threads // world)), nprocs=world
         )
         document = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
-    raw = {int(size): statistics.median(times) for size, times in document["raw"].items()}
-    return raw, {(entry["shape"], entry["reduction"]): Found(**entry["found"]) for entry in document["found"]}
+    bare = {int(size): statistics.median(times) for size, times in document["bare"].items()}
+    return bare, {(entry["shape"], entry["reduction"]): Found(**entry["found"]) for entry in document["found"]}
 
 
 def _rank(rank: int, world: int, folder: str, shapes: Sequence[str], rounds: int, warmup: int, threads: int) -> None:
@@ -218,49 +251,47 @@ def _rank(rank: int, world: int, folder: str, shapes: Sequence[str], rounds: int
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=PATIENCE
     )
     try:
-        raw = {size: _raw_seconds(size, rounds, warmup) for size in RAW_BYTES}
-        found = [
-            {
-                "shape": name,
-                "reduction": reduction,
-                "found": asdict(_class_cams(SHAPES[name], reduction, rounds, warmup)),
-            }
-            for name in shapes
-            for reduction in REDUCTIONS
-        ]
+        steps = {(name, reduction): _class_cams(SHAPES[name], reduction) for name in shapes for reduction in REDUCTIONS}
+        found = {case: Found() for case in steps}
+        bare: dict[int, list[float]] = {size: [] for size in BARE_BYTES}
+        for number in range(warmup + rounds):
+            for case, step in steps.items():
+                with counted() as calls:
+                    step()
+                if number >= warmup:
+                    found[case].sizes = [size for size, _ in calls]
+                    found[case].seconds.append([seconds for _, seconds in calls])
+                # Between the steps, not on their own: they find the caches and the ranks as the CAM's collectives do.
+                for size in BARE_BYTES:
+                    numbers = torch.zeros(size // 4)
+                    with counted() as calls:
+                        dist.all_reduce(numbers)
+                    bare[size] += [seconds for _, seconds in calls if number >= warmup]
         if rank == 0:
-            Path(folder, "found.json").write_text(json.dumps({"raw": raw, "found": found}), encoding="utf-8")
+            entries = [
+                {"shape": name, "reduction": reduction, "found": asdict(of)} for (name, reduction), of in found.items()
+            ]
+            Path(folder, "found.json").write_text(json.dumps({"bare": bare, "found": entries}), encoding="utf-8")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def _raw_seconds(size: int, rounds: int, warmup: int) -> list[float]:
-    numbers = torch.zeros(size // 4)
-    with counted() as calls:
-        for _ in range(warmup + rounds):
-            dist.all_reduce(numbers)
-    return [seconds for _, seconds in calls[warmup:]]
-
-
-def _class_cams(shape: Shape, reduction: Reduction, rounds: int, warmup: int) -> Found:
-    """Class CAMs of random features, and their gradients, again and again."""
+def _class_cams(shape: Shape, reduction: Reduction) -> Callable[[], None]:
+    """A function that computes class CAMs of random features, and their gradients."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     head = torch.rand(shape.channels, shape.classes, generator=generator)
     features = torch.rand(SAMPLES, *shape[1:], generator=generator, requires_grad=True)
     targets = torch.randint(shape.classes, (SAMPLES,), generator=generator)
-    found = Found()
-    for number in range(warmup + rounds):
-        with counted() as calls:
-            logits = features.mean((2, 3)).square() @ head
-            class_cams(
-                logits, features, targets, shape.classes, reduction=reduction, create_graph=True, validate=False
-            ).maps.sum().backward()
+
+    def step() -> None:
+        logits = features.mean((2, 3)).square() @ head
+        class_cams(
+            logits, features, targets, shape.classes, reduction=reduction, create_graph=True, validate=False
+        ).maps.sum().backward()
         features.grad = None
-        found.sizes = [size for size, _ in calls]
-        if number >= warmup:
-            found.seconds.append([seconds for _, seconds in calls])
-    return found
+
+    return step
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import torch
 
 import distributed_batchcam
 from distributed_batchcam.checkpoint import write_atomic
-from distributed_batchcam.malloc import keep_freed_memory
+from distributed_batchcam.malloc import keep_freed_memory, use_huge_pages
 
 Passed = bool | Literal["not measured"]
 
@@ -191,9 +191,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def steady(threads: int) -> Iterator[None]:
-    """Let torch use so many CPU threads, and the process keep the memory that it frees (see `malloc`)."""
+    """Let torch use so many CPU threads, and memory as `batchcam train` does (see `malloc`)."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    use_huge_pages()
     keep_freed_memory()
     try:
         yield

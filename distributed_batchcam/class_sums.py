@@ -132,21 +132,28 @@ def class_cams_of_weights(
     counts = count_by_class(targets, num_classes).to(weights.dtype)
     if reduction == "sums":
         local = ClassSums(counts, weights, sum_by_class(features.to(weights.dtype), targets, num_classes))
-        cams = cams_of_sums(ClassSums(*all_reduce_sums(local, Upstream.REPLICATED)))
+        counts, weights, features = all_reduce_sums(local, Upstream.REPLICATED)
+        maps = _weighted_sums(weights, features)
     else:
-        cams = _factored_cams(counts, weights, features, targets, over_ranks=reduction == "factored")
-    return cams._replace(maps=normalize_maps(cams.maps)) if normalize else cams
+        counts, maps = _factored(counts, weights, features, targets, over_ranks=reduction == "factored")
+    # Between 0 and 1 a map of sums is the map of means.
+    return ClassCams(normalize_maps(maps.relu()) if normalize else _mean_maps(maps, counts), counts)
 
 
 def cams_of_sums(sums: ClassSums) -> ClassCams:
     """ReLU(Σ_k ᾱ_ck Ā_ck) of each class, not normalised (paper, eq. 5)."""
-    return ClassCams(_mean_maps(weighted_activations(sums.weights, sums.features), sums.counts), sums.counts)
+    return ClassCams(_mean_maps(_weighted_sums(sums.weights, sums.features), sums.counts), sums.counts)
 
 
 def check_reduction(reduction: str) -> None:
     """Require a known reduction."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+
+
+def _weighted_sums(weights: Tensor, features: Tensor) -> Tensor:
+    """Σ_k (Σα)_ck (ΣA)_ck of (C, K) and (C, K, H, W); written out, as so few maps are no work for a matrix product."""
+    return (weights[:, :, None, None] * features).sum(1)
 
 
 def _mean_maps(maps: Tensor, counts: Tensor) -> Tensor:
@@ -201,18 +208,19 @@ def _in_order_of_memory(maps: Tensor) -> Tensor:
     return maps
 
 
-def _factored_cams(
+def _factored(
     counts: Tensor, weights: Tensor, features: Tensor, targets: Tensor, *, over_ranks: bool
-) -> ClassCams:
+) -> tuple[Tensor, Tensor]:
+    """Counts and Σ_k (Σα)_ck (ΣA)_ck of all ranks, (C,) and (C, H, W), from a rank's counts, Σα, A and targets."""
     num_classes = len(counts)
     if over_ranks:
         # The ranks' samples differ, so their gradients of Σα are partial; the counts need none.
         counts, weights = all_reduce_sums((counts, weights), Upstream.PARTIAL)
     # Σ_i Σ_k (Σα)_ck A_ik of each class: over whichever of i and k leaves less to go on with, first.
     if num_classes < len(targets):
-        maps = weighted_activations(weights, sum_by_class(features.to(weights.dtype), targets, num_classes))
+        maps = _weighted_sums(weights, sum_by_class(features.to(weights.dtype), targets, num_classes))
     else:
         maps = sum_by_class(weighted_activations(weights.index_select(0, targets), features), targets, num_classes)
     if over_ranks:
         maps = all_reduce_sum(maps, Upstream.REPLICATED)
-    return ClassCams(_mean_maps(maps, counts), counts)
+    return counts, maps

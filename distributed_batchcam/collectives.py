@@ -85,21 +85,27 @@ def all_reduce_sum(tensor: Tensor, upstream: Upstream) -> Tensor:
 
 
 def global_mean(values: Tensor, total: int | None = None) -> Tensor:
-    """Mean of per-sample `values` (n,) over the samples of all ranks, as DDP needs it.
+    """Mean of per-sample `values` (n,) over the samples of all ranks, as DDP needs it; see `mean_of_sum`."""
+    return mean_of_sum(values.sum(), len(values), total)
+
+
+def mean_of_sum(local: Tensor, samples: int, total: int | None = None) -> Tensor:
+    """Mean over the samples of all ranks, from the sum over this rank's samples, as DDP needs it.
 
     Returns W·Σ_local / N: its average over the ranks, which is what DDP takes of the gradients,
     is the mean over all N samples for any split, ragged or empty on some ranks.
 
     Args:
-        values: (n,) one value per local sample.
+        local: Σ_local, a scalar.
+        samples: how many it is the sum of.
         total: N, the number of samples on all ranks together, where the caller knows it;
             otherwise one all-reduce of a single number finds it.
     """
     ranks = world_size()
     if total is not None:
-        return values.sum() * (ranks / total)
+        return local * (ranks / total)
     if ranks == 1:
-        return values.mean()
-    count = torch.tensor(values.numel(), device=values.device)
+        return local / samples
+    count = torch.tensor(samples, device=local.device)
     dist.all_reduce(count)
-    return values.sum() * ranks / count
+    return local * ranks / count

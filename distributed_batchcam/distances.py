@@ -109,7 +109,7 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize (half-pixel centres) of (N, H, W) to (N, *size)."""
     if maps.shape[1:] == size:
         return maps
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False).squeeze(1)
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:

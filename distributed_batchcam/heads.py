@@ -103,15 +103,16 @@ class HiddenAlpha:
 
     def __call__(self, classes: Tensor) -> Tensor:
         """Classes (N,) to α (N, K)."""
-        return self._through_first(self.second.index_select(0, classes) * (self.hidden > 0))
+        return self._through_first(self.second.index_select(0, classes), self.hidden > 0)
 
     def class_sums(self, targets: Tensor) -> Tensor:
         """Targets (N,) to Σ_{i: y_i = c} α_i, (C, K): W2[c] stands outside of the sum."""
         active = sum_by_class((self.hidden > 0).to(self.hidden.dtype), targets, len(self.second))
-        return self._through_first(self.second * active)
+        return self._through_first(self.second, active)
 
-    def _through_first(self, at_hidden: Tensor) -> Tensor:
-        return at_hidden @ self.first.sum(2) / self.positions
+    def _through_first(self, second: Tensor, active: Tensor) -> Tensor:
+        # Divided where no gradient goes.
+        return (second * (active.to(second.dtype) / self.positions)) @ self.first.sum(2)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .cam import Alpha, channel_weights, maps_of_weights
 from .checks import check_features, check_prototypes, check_targets
 from .class_sums import Reduction, check_reduction, class_cams_of_weights, class_weights
-from .collectives import global_mean
+from .collectives import global_mean, mean_of_sum
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
 from .errors import InputError, unknown_name
 from .right_reasons import SUPPORT, Evidence, MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
@@ -195,7 +195,7 @@ class BatchCAMLoss(_PrototypeDistance):
         """The loss from Σα of each class (C, K), A (N, K, H, W) and targets (N,)."""
         cams = class_cams_of_weights(weights, features, targets, len(self.prototypes), reduction=self.reduction)
         distances = self._distances(cams.maps, self.prototypes)
-        return torch.dot(distances, (cams.counts > 0).to(distances.dtype))
+        return torch.dot(distances, cams.counts.clamp(max=1))
 
 
 class ContrastiveCAMLoss(_LossOfMaps):
@@ -454,8 +454,8 @@ class Objective(nn.Module):
             ValueError: no masks where the objective needs them.
         """
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        entropies = F.cross_entropy(scores, targets, reduction="none", label_smoothing=self.label_smoothing)
-        classification = global_mean(entropies, batch_size)
+        entropy = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        classification = mean_of_sum(entropy, len(targets), batch_size)
         if not self.losses:
             return LossParts(self.class_weight * classification, classification, torch.zeros_like(classification))
         values = []
@@ -468,4 +468,5 @@ class Objective(nn.Module):
             value = loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size, **further)
             values.append(value if factor == 1 else factor * value)
         cam = values[0] if len(values) == 1 else torch.stack(values).sum()
-        return LossParts(self.class_weight * classification + self.weight * cam, classification, cam)
+        total = torch.add(self.class_weight * classification, cam, alpha=self.weight)
+        return LossParts(total, classification, cam)

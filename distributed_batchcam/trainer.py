@@ -23,7 +23,7 @@ from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
 from .explainer import Explainer
 from .heartbeat import Heartbeat, lost_before_training
-from .malloc import keep_freed_memory
+from .malloc import keep_freed_memory, use_huge_pages
 from .measures import BASIC, Measure, default_masks, map_measures
 from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
@@ -69,6 +69,7 @@ def train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None =
 
 
 def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+    use_huge_pages()
     accelerator = start_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # and after the run too: glibc has no way back to its own adaptive defaults

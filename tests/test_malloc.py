@@ -4,8 +4,10 @@ import ctypes
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from launching import environment
 
 from distributed_batchcam.malloc import keep_freed_memory
 
@@ -31,6 +33,26 @@ def test_freed_memory_is_not_fetched_again() -> None:
         return int(subprocess.run([sys.executable, "-c", FAULTS, keep], capture_output=True, check=True).stdout)
 
     assert faults("keep") < 1000 < faults("let go")
+
+
+# Trains for a moment, and prints how far large tensors are off the page that torch puts them at for huge pages.
+ALIGNMENT = """
+import sys
+from distributed_batchcam.cli import run
+options = "--dataset digits --image-size 8 --epochs 1 --batch-size 256 --device cpu --out"
+assert run(["train", *options.split(), sys.argv[1]]) == 0
+import torch
+print(*(torch.zeros(4 << 20).data_ptr() % 4096 for _ in range(5)), sep=",")
+"""
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_a_run_puts_its_large_tensors_in_huge_pages_unless_told_otherwise(setting: str | None, tmp_path: Path) -> None:
+    variables = environment(**({} if setting is None else {"THP_MEM_ALLOC_ENABLE": setting}))
+    command = [sys.executable, "-c", ALIGNMENT, str(tmp_path / "run")]
+    printed = subprocess.run(command, capture_output=True, check=True, text=True, env=variables).stdout
+    offsets = set(map(int, printed.splitlines()[-1].split(",")))
+    assert (offsets == {0}) == (setting is None)
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

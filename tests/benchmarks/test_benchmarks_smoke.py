@@ -293,15 +293,23 @@ def test_collectives_are_counted_as_the_design_says(tmp_path: Path) -> None:
         "factored": [4 * c * (1 + k), 4 * c * hw, 4 * c * k],
         "sums": [4 * c * (1 + k + k * hw)],
     }
-    assert len(document["gloo_check"]) == 2
+    (gloo,) = document["gloo"]
+    assert [row["reduction"] for row in gloo["class_cams"]] == ["factored", "sums"]
+    assert all(row["measured ÷ modelled"] > 0 for row in [*gloo["bare"], *gloo["class_cams"]])
 
 
 def test_the_model_of_a_collective_is_fitted_to_what_it_models() -> None:
     latency, bandwidth, world = 3e-5, 2e9, 4
     hops = collective_traffic.ring_hops(world)
-    raw = {size: collective_traffic.collective_seconds(size, hops, world, latency, bandwidth) for size in (1, 1 << 20)}
-    found = collective_traffic.fitted(raw, hops, world)
-    assert found == pytest.approx((latency, bandwidth), rel=1e-4)
+    bare = {
+        size: collective_traffic.collective_seconds(size, hops, world, latency, bandwidth)
+        for size in collective_traffic.BARE_BYTES
+    }
+    assert collective_traffic.fitted(bare, hops, world) == pytest.approx((latency, bandwidth), rel=1e-6)
+    # A size that takes twice as long as the model has it must not spoil the fit of the others, large or small.
+    for size in bare:
+        found = collective_traffic.fitted({**bare, size: 2 * bare[size]}, hops, world)
+        assert found == pytest.approx((latency, bandwidth), rel=0.5)
     assert (collective_traffic.ring_hops(4), collective_traffic.tree_hops(64)) == (6, 12)
 
 
