@@ -171,7 +171,7 @@ def test_help_imports_no_heavy_package() -> None:
 
 def test_help_of_train_lists_the_objectives() -> None:
     said = " ".join(batchcam("train", "--help").stdout.split())
-    assert "contrastive, psl, rrr, rrr_g)" in said
+    assert "contrastive, psl, psl_margin, rrr, rrr_g)" in said
 
 
 def test_input_gradients_with_shared_batch_statistics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
