@@ -28,7 +28,7 @@ _DOTS = 100
 def draw_figures(results: Path, workshop: Workshop) -> None:
     """Draw what the runs at hand allow, of the first seed; pictures of others that were drawn before stay."""
     results.mkdir(parents=True, exist_ok=True)
-    tables = list(workshop.runs("table_a1_held_out-simple_cnn"))
+    tables = list(workshop.runs("table_a1_held_out-simple_cnn")) or list(workshop.runs("table_a1-simple_cnn"))
     decoys = list(workshop.runs("decoy_weights"))
     for decoy, plain in PLAIN.items():
         _draw_maps(results, plain, _first_seed(tables, plain, OBJECTIVES))

@@ -84,7 +84,7 @@ def _tables(results: Path) -> list[str]:
         )
     parts.append(_accuracies([*first, *large], [*second]))
     parts.append(_verdict(first, second))
-    parts.append(_explanations(second or first))
+    parts.append(_explanations(results, second or first))
     parts += _claims(first, second)
     if weights:
         parts.append(
@@ -144,7 +144,7 @@ seed). The arrows say what is better. Test set, last epoch.
 """.strip()
 
 
-def _explanations(runs: Sequence[Run]) -> str:
+def _explanations(results: Path, runs: Sequence[Run]) -> str:
     if not runs:
         return ""
     rows = []
@@ -157,7 +157,7 @@ def _explanations(runs: Sequence[Run]) -> str:
         + "\n\n"
         + _markdown(["model", "data set", "objective", *EXPLANATIONS.values()], rows)
         + "\n\n"
-        + _pictures("mnist", "fashion_mnist")
+        + _pictures(results, "mnist", "fashion_mnist")
     )
 
 
@@ -245,7 +245,7 @@ def _decoys(results: Path) -> list[str]:
             "### What it costs where nothing misleads\n\n" + _markdown(["data set", "objective", "test"], rows)
         )
     parts.append(_goals(runs, others))
-    parts.append("### What the models look at on decoys\n\n" + _pictures("decoy_mnist", "decoy_fashion_mnist"))
+    parts.append("### What the models look at on decoys\n\n" + _pictures(results, "decoy_mnist", "decoy_fashion_mnist"))
     return parts + _exploration(results)
 
 
@@ -351,14 +351,18 @@ def _first_line(function: Callable[..., Any]) -> str:
     return " ".join((function.__doc__ or "").split())
 
 
-def _pictures(*datasets: str) -> str:
+def _pictures(results: Path, *datasets: str) -> str:
+    """The pictures of these data sets, as far as they were drawn."""
     parts = [
         "Maps of each class over the whole test set, below the prototypes; maps of the predicted class over the first "
         "test image of each class, framed in red where the prediction is wrong. First seed."
     ]
     for dataset in datasets:
-        parts += [f"![{what} maps of {dataset}](results/{what}_maps_{dataset}.png)" for what in ("class", "image")]
-    return "\n\n".join(parts)
+        for what in ("class", "image"):
+            file = results / f"{what}_maps_{dataset}.png"
+            if file.is_file():
+                parts.append(f"![{what} maps of {dataset}]({results.name}/{file.name})")
+    return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
 # Small things --------------------------------------------------------------------------------------------
