@@ -29,7 +29,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs/reliability.md"
 
 def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figures]]]:
     """Each kind of fault by name; in short, those that need a minute or more for one trial are left to `tests/`."""
-    times = 1 if short else 6  # of what takes long
+    times = 6  # of what takes long
     chosen: dict[str, Callable[[Path], list[Figures]]] = {
         "kills": lambda folder: [stops.at_random_moments(folder, SIGKILL, 3 if short else 50, seed)],
         "rank 0": lambda folder: [kills.one_of_two(folder, 0, 1 if short else 25, seed)],
@@ -43,12 +43,12 @@ def experiments(short: bool, seed: int) -> dict[str, Callable[[Path], list[Figur
         "stops": lambda folder: [stops.at_random_moments(folder, SIGTERM, 2 if short else 20, seed)],
         "one of two": lambda folder: [stops.of_one_of_two(folder, 1 if short else 10, seed)],
         "hangs": lambda folder: [stops.of_one_rank(folder, 4, (1,) if short else (0, 1) * 3)],
-        "torchrun": lambda folder: [restarts.of_elastic_launcher(folder, "torchrun --max-restarts", times, seed)],
         "fuzz": lambda folder: fuzz.everything(folder, 60 if short else 1500),
     }
     if not short:
         chosen |= {
             "trackers": lambda folder: trackers.of_wandb(folder, times, seed),
+            "torchrun": lambda folder: [restarts.of_elastic_launcher(folder, "torchrun --max-restarts", times, seed)],
             "accelerate": lambda folder: [
                 restarts.of_elastic_launcher(folder, "accelerate launch --max_restarts", times, seed)
             ],
