@@ -30,7 +30,7 @@ demo: $(VENV)/.installed ## train on the embedded digits, evaluate, explain, and
 
 test: $(VENV)/.installed ## run the tests (BATCHCAM_DATA=DIR adds those on real MNIST)
 	@# Files side by side on two cores; the tests of one file share what they set up.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20
 
 check: lint format types imports packages ## lint, format, types, the import rule, packages that fit together
 
