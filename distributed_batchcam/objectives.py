@@ -1,7 +1,7 @@
 """Training objectives: cross-entropy plus a loss on the explanations, or a sum of several, by name.
 
-To add an objective: write an `nn.Module` with the call of `CAMLoss` below and give it a line in
-`CAM_LOSSES`. Configuration, command line, trainer and reports pick it up from there.
+To add an objective: write a `CAMLoss` (cam_loss.py) and give it a line in `CAM_LOSSES`. Configuration, command
+line, trainer and reports pick it up from there.
 """
 
 import math
@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import Alpha, channel_weights, maps_of_weights
+from .cam_loss import CAMLoss
 from .checks import check_features, check_prototypes, check_targets
 from .class_sums import Reduction, check_reduction, class_cams_of_weights, class_weights
 from .collectives import global_mean, mean_of_sum
@@ -28,11 +29,9 @@ Resize = Literal["cam", "prototypes"]
 Exponents = tuple[float, float, float]
 
 
-class _LossOfMaps(nn.Module):
+class _LossOfMaps(CAMLoss):
     """A loss in two parts: α, which may differentiate the head, and `of_weights`, what follows from it."""
 
-    needs_masks = False
-    differentiates_images = False
     of_weights: Callable[..., Tensor]
 
     def compile_maps(self) -> None:
@@ -248,31 +247,6 @@ class ContrastiveCAMLoss(_LossOfMaps):
             return torch.where(right, squared, (self.margin - distance).clamp(min=0).square())
 
 
-class CAMLoss(Protocol):
-    """What the trainer calls; tensors are this rank's share, `batch_size` is that of the global batch.
-
-    Losses that say so get more: where `needs_masks`, `masks` (N, h, w), true where evidence must not come from;
-    where `differentiates_images`, images that require a gradient, and a network that can be differentiated twice.
-    """
-
-    needs_masks: bool
-    differentiates_images: bool
-
-    def __call__(
-        self,
-        logits: Tensor,
-        features: Tensor,
-        targets: Tensor,
-        images: Tensor,
-        *,
-        alpha: Alpha | None,
-        batch_size: int | None,
-        **masks: Tensor,
-    ) -> Tensor: ...
-
-    def compile_maps(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class CAMLossOptions:
     """Options of the CAM losses; each loss takes those that concern it."""
@@ -414,7 +388,7 @@ class Objective(nn.Module):
         terms = parse_objective(name)
         self.factors = [term.factor for term in terms]
         self.cam_losses = nn.ModuleList(
-            cast(nn.Module, CAM_LOSSES[term.name](prototypes, options or CAMLossOptions())) for term in terms
+            CAM_LOSSES[term.name](prototypes, options or CAMLossOptions()) for term in terms
         )
 
     @property

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cam import Alpha, channel_weights, maps_of_weights, pull_back
+from .cam_loss import CAMLoss
 from .checks import check_features, check_prototypes, check_targets
 from .collectives import global_mean
 from .distances import resize_maps
@@ -21,7 +22,7 @@ Evidence = Literal["log_probabilities", "margin"]
 SUPPORT = 0.05  # value of a prototype (0 to 1) from which on a pixel belongs to its class's support
 
 
-class PrototypeSupportLoss(nn.Module):
+class PrototypeSupportLoss(CAMLoss):
     """PSL: nothing outside the prototype's support may speak for, or against, any class.
 
     PSL = 1/N Σ_i Σ_{(u,v): P[y_i]_uv < t} resize(R_i)_uv with R_i = Σ_k ((∂S_i/∂A_i) ⊙ A_i)²_k.
@@ -45,8 +46,6 @@ class PrototypeSupportLoss(nn.Module):
         InputError: a prototype without any pixel outside (or inside) of its support.
     """
 
-    needs_masks = False
-    differentiates_images = False
     outside: Tensor
 
     def __init__(
@@ -97,11 +96,16 @@ class PrototypeSupportLoss(nn.Module):
             losses = (relevance * self.outside[targets.long()]).sum((1, 2))
         return global_mean(losses, batch_size)
 
-    def compile_maps(self) -> None:
-        """Nothing: all of it is differentiated twice, which compiled code cannot be."""
+
+class _MaskedLoss(CAMLoss):
+    needs_masks = True
+
+    def __init__(self, *, validate: bool = True) -> None:
+        super().__init__()
+        self.validate = validate
 
 
-class RightReasonsLoss(nn.Module):
+class RightReasonsLoss(_MaskedLoss):
     """RRR: the input must not matter inside each image's mask (Ross, Hughes, Doshi-Velez 2017, eq. 2).
 
     RRR = 1/N Σ_i Σ_d (mask_id · ∂/∂x_id Σ_c log p_ic)², x in [0, 1]; the sum of the paper is a mean over images here.
@@ -117,12 +121,7 @@ class RightReasonsLoss(nn.Module):
         ValueError: wrong shapes, targets out of range, or logits that do not depend on the images.
     """
 
-    needs_masks = True
     differentiates_images = True
-
-    def __init__(self, *, validate: bool = True) -> None:
-        super().__init__()
-        self.validate = validate
 
     def forward(
         self,
@@ -144,11 +143,8 @@ class RightReasonsLoss(nn.Module):
             losses = (gradient.square() * masks[:, None]).sum((1, 2, 3))
         return global_mean(losses, batch_size)
 
-    def compile_maps(self) -> None:
-        """Nothing: all of it is differentiated twice, which compiled code cannot be."""
 
-
-class MaskedGradCAMLoss(nn.Module):
+class MaskedGradCAMLoss(_MaskedLoss):
     """RRR-G: the target's Grad-CAM must not lie inside each image's mask (Schramowski et al. 2020).
 
     RRR-G = 1/N Σ_i Σ_uv (mask_i ⊙ resize(M_i))²_uv with M_i of the target class, min-max scaled. Published code takes
@@ -163,13 +159,6 @@ class MaskedGradCAMLoss(nn.Module):
     Raises:
         ValueError: wrong shapes, or targets out of range.
     """
-
-    needs_masks = True
-    differentiates_images = False
-
-    def __init__(self, *, validate: bool = True) -> None:
-        super().__init__()
-        self.validate = validate
 
     def forward(
         self,
@@ -191,9 +180,6 @@ class MaskedGradCAMLoss(nn.Module):
             maps = resize_maps(maps_of_weights(weights, features), (masks.shape[1], masks.shape[2]))
             losses = (maps.square() * masks).sum((1, 2))
         return global_mean(losses, batch_size)
-
-    def compile_maps(self) -> None:
-        """Nothing: beside α there is too little to gain."""
 
 
 def _gradient_of_log_probabilities(logits: Tensor, source: Tensor, name: str) -> Tensor:

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "checks", "collectives", "malloc"),
     ("cam",),
     ("class_sums", "distances", "prototypes", "metrics"),
+    ("cam_loss",),
     ("right_reasons",),
     ("objectives",),
     ("heads",),
@@ -41,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
-CORE = [module for layer in LAYERS[:5] for module in layer]
+CORE = [module for layer in LAYERS[:6] for module in layer]
 HEAVY = (
     *("ray", "wandb", "timm", "accelerate", "torchvision", "matplotlib", "sklearn", "pydantic"),
     *("tensorboard", "safetensors", "yaml", "PIL", "tqdm"),

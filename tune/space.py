@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -173,6 +173,24 @@ class Space(BaseModel):
             ],
         }
         return make_space(left, "--set")
+
+    def with_texts(self, names: Collection[str], change: Callable[[str], str]) -> "Space":
+        """The space with the texts of some options changed, wherever they stand."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [changed(one) for one in value]
+            return change(value) if isinstance(value, str) else value
+
+        def of(options: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: changed(value) if name in names else value for name, value in options.items()}
+
+        values = self.model_dump(exclude_none=True)
+        values |= {"fixed": of(self.fixed), "grid": of(self.grid), "points": [of(point) for point in self.points]}
+        values["overrides"] = [{"when": of(rule.when), "set": of(rule.set)} for rule in self.overrides]
+        for name in values["sample"].keys() & set(names):
+            values["sample"][name] = {kind: changed(drawn) for kind, drawn in values["sample"][name].items()}
+        return make_space(values, "space")
 
     def all_drawn(self) -> "Space":
         """The space with its grid drawn from, too.

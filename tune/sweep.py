@@ -282,11 +282,7 @@ def sweep(options: argparse.Namespace) -> int:
         return _resumed(options).run()
     if options.space is None:
         raise InputError("name what to try with --space, or --resume a sweep with its --storage")
-    space = read_space(options.space).with_fixed(parse_assignments(options.set))
-    paths: Options = {
-        name: _absolute(str(space.fixed[name])) for name in _PATHS if isinstance(space.fixed.get(name), str)
-    }
-    space = space.with_fixed(paths)
+    space = read_space(options.space).with_fixed(parse_assignments(options.set)).with_texts(_PATHS, _absolute)
     plan = _plan(options, space)
     if options.dry_run:
         from .dry_run import describe
@@ -315,7 +311,7 @@ def _resumed(options: argparse.Namespace) -> Sweep:
         raise InputError(f"--storage {storage} holds no sweep to resume")
     if options.space is not None or options.set:
         space = read_space(options.space) if options.space else record.space
-        if space.with_fixed(parse_assignments(options.set)) != record.space:
+        if space.with_fixed(parse_assignments(options.set)).with_texts(_PATHS, _absolute) != record.space:
             raise InputError(f"the sweep in {storage} is of another space: leave --space and --set out, or start anew")
     for name, value in record.plan.items():
         if getattr(options, name) not in (None, value):

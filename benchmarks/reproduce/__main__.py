@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         if not options.page_only:
+            for name in PLAIN.values():  # before anything starts; downloaded here, by one process, where it is missing
+                load_data(name, data_root=options.data_root)
             if "tables" in options.parts:
                 run_tables(workshop, models)
             if "decoys" in options.parts:

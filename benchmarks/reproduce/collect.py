@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from distributed_batchcam.checkpoint import write_atomic
 from distributed_batchcam.evaluate_run import EvaluationOptions, evaluate_run
@@ -22,7 +23,8 @@ _OF_A_MACHINE = ("data_root", "prototypes", "masks", "pretrained")
 
 def collect(runs: Iterable[Path], **about: Any) -> list[dict[str, Any]]:
     """What is kept of runs; `about` is said of each of them. Those on decoys are measured further."""
-    return [{**_one(path), **about} for path in runs]
+    shown = tqdm(list(runs), desc="measuring", unit=" runs", disable=None, leave=False)
+    return [{**_one(path), **about} for path in shown]
 
 
 def _one(path: Path) -> dict[str, Any]:

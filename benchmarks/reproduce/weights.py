@@ -55,10 +55,12 @@ RULES: dict[str, Callable[[list[Run], Run], Run]] = {
 
 
 def decoy_weights(runs: Iterable[Run]) -> dict[str, list[Chosen]]:
-    """For each rule the λ of each objective on each decoy data set, `baseline` among them with 0."""
+    """For each rule the λ of each objective on each decoy data set that has a baseline, that among them with 0."""
     found: dict[str, list[Chosen]] = {rule: [] for rule in RULES}
     for dataset, group in _by(runs, lambda run: run["dataset"]).items():
         by_objective = _by(group, lambda run: run["objective"])
+        if "baseline" not in by_objective:  # of a stage that was interrupted
+            continue
         (baseline,) = by_objective.pop("baseline")
         for rule, choose in RULES.items():
             found[rule].append(Chosen(dataset, "baseline", 0.0))

@@ -15,7 +15,7 @@ from benchmarks.reproduce.decoys import decoy_figures, wrong_reason_score
 from benchmarks.reproduce.page import write_page
 from benchmarks.reproduce.sketches import write_sketches
 from benchmarks.reproduce.stages import Workshop
-from benchmarks.reproduce.weights import Chosen, decoy_weights, table_weights
+from benchmarks.reproduce.weights import RULES, Chosen, decoy_weights, table_weights
 from distributed_batchcam import cli
 from distributed_batchcam.checkpoint import load_run
 from distributed_batchcam.data import DATASETS, load_data, load_prototypes
@@ -59,6 +59,10 @@ def test_each_rule_chooses_by_what_it_may_look_at() -> None:
     chosen = {rule: choices[1].weight for rule, choices in decoy_weights(runs).items()}
     assert chosen == {"biased accuracy": 1.0, "wrong-reason score": 10.0, "unbiased accuracy": 10.0}
     assert all(choices[0] == Chosen("decoy_mnist", "baseline", 0.0) for choices in decoy_weights(runs).values())
+
+
+def test_nothing_is_chosen_where_the_baseline_is_not_there_yet() -> None:
+    assert decoy_weights([decoy_run("psl", 1.0, 98, 97, 0.2)]) == {rule: [] for rule in RULES}
 
 
 def test_an_objective_that_costs_too_much_at_every_weight_gets_the_least() -> None:

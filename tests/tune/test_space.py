@@ -35,6 +35,24 @@ def test_an_option_held_fast_leaves_the_points() -> None:
         space.all_drawn()
 
 
+def test_texts_are_changed_wherever_they_stand() -> None:
+    space = Space(
+        fixed={"masks": "a", "dataset": "mnist", "pretrained": True},
+        grid={"prototypes": ["a", "b"]},
+        points=[{"data_root": "c", "seed": 1}],
+        sample={"weight": {"uniform": [1, 2]}},
+        overrides=[{"when": {"prototypes": ["a"]}, "set": {"target_layer": "a"}}],
+    )
+    changed = space.with_texts(("masks", "prototypes", "data_root", "pretrained"), str.upper)
+    assert changed.fixed == {"masks": "A", "dataset": "mnist", "pretrained": True}
+    assert changed.grid == {"prototypes": ["A", "B"]}
+    assert changed.points == [{"data_root": "C", "seed": 1}]
+    assert changed.sample == space.sample
+    assert (changed.overrides[0].when, changed.overrides[0].set) == ({"prototypes": ["A"]}, {"target_layer": "a"})
+    drawn = Space(sample={"prototypes": {"choice": ["a", "b"]}}).with_texts(["prototypes"], str.upper)
+    assert drawn.sample["prototypes"].choice == ["A", "B"]
+
+
 def test_a_baseline_runs_once_whatever_the_weights() -> None:
     trials = Space(grid={"objective": ["baseline", "pl_l1"], "weight": [0.1, 1.0], "seed": [0, 1]}).trials()
     assert [tuple(trial.axes.values()) for trial in trials] == [

@@ -301,7 +301,7 @@ def test_bad_input_is_one_line_with_status_2_and_leaves_nothing(
 
 
 def test_every_option_that_is_a_path_may_be_relative() -> None:
-    """The space's fixed paths are made absolute: Ray's processes have working folders of their own."""
+    """A space's paths are made absolute: Ray's processes have working folders of their own."""
     paths = {name for name, field in RunConfig.model_fields.items() if "Path" in str(field.annotation)}
     assert set(_PATHS) == paths - {"out"}
 
