@@ -206,10 +206,14 @@ def steady(threads: int) -> Iterator[None]:
 # Command line and report --------------------------------------------------------------------------
 
 
-def argument_parser(module: str, description: str, *, rounds: int, warmup: int = 3) -> argparse.ArgumentParser:
+def argument_parser(
+    module: str, description: str, *, rounds: int, fewest: int = 2, warmup: int = 3
+) -> argparse.ArgumentParser:
     """The options that all benchmarks share; a benchmark that has no warm-up (0) has no option for it."""
     parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
-    parser.add_argument("--rounds", type=_at_least(2), default=rounds, help="timed runs of each variant (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=_at_least(fewest), default=rounds, help="timed runs of each variant (%(default)s)"
+    )
     if warmup:
         parser.add_argument("--warmup", type=_at_least(1), default=warmup, help="untimed runs before (%(default)s)")
     else:
@@ -233,6 +237,7 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 positive = _at_least(1)
+several = _at_least(2)
 
 
 def choose_device(parser: argparse.ArgumentParser, name: str) -> torch.device:

@@ -27,6 +27,6 @@ def unknown_name(kind: str, name: object, known: Iterable[str], listing: str = "
     """
     names = list(dict.fromkeys(known))
     close = get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else ""
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
     everything = listing or f"known: {', '.join(names)}"
-    return InputError(f"unknown {kind} {str(name)!r}; " + " ".join(filter(None, [hint, f"({everything})"])))
+    return InputError(f"unknown {kind} {str(name)!r}{hint} ({everything})")
