@@ -105,7 +105,7 @@ test accuracy of that epoch.
 def _accuracies(first: Sequence[Run], second: Sequence[Run]) -> str:
     rows = []
     one, two = _by_setting(first), _by_setting(second)
-    for setting, paper in paper_table().items():
+    for setting, paper in sorted(paper_table().items(), key=lambda row: PAPER_MODELS.index(row[0].model)):
         ours = Figure.of(run["best_valid_accuracy"] for run in one[setting])
         honest = Figure.of(run["best_test_accuracy"] for run in two[setting])
         reached = "" if ours is None else ("yes" if ours.mean >= paper else f"{ours.mean - paper:+.2f}")
@@ -122,7 +122,7 @@ def _accuracies(first: Sequence[Run], second: Sequence[Run]) -> str:
 def _verdict(first: Sequence[Run], second: Sequence[Run]) -> str:
     one, two = _by_setting(first), _by_setting(second)
     lines = []
-    for model in dict.fromkeys(setting.model for setting in paper_table()):
+    for model in PAPER_MODELS:
         settings = {s: paper for s, paper in paper_table().items() if s.model == model and s.image_size == 28}
         ours = {s: Figure.of(run["best_valid_accuracy"] for run in one[s]) for s in settings}
         honest = {s: Figure.of(run["best_test_accuracy"] for run in two[s]) for s in settings}
@@ -176,7 +176,9 @@ def _claims(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
             if base is None or base.n < 2 or not by_objective:
                 continue
             ranked = sorted(by_objective.items(), key=lambda item: -item[1].mean if item[1] else 0)
-            told = ", ".join(f"`{key}` {figure.mean - base.mean:+.2f}" for key, figure in ranked if figure)
+            told = ", ".join(
+                f"`{key}` {round(figure.mean - base.mean, 2) + 0.0:+.2f}" for key, figure in ranked if figure
+            )
             lines.append(f"* `{model}`, {dataset}, {name}, differences from the baseline's {base.text()}: {told}.")
     if not lines:
         return []
@@ -244,7 +246,7 @@ def _decoys(results: Path) -> list[str]:
         parts.append(
             "### What it costs where nothing misleads\n\n" + _markdown(["data set", "objective", "test"], rows)
         )
-    parts.append(_goals(runs, others))
+    parts.append(_goals(along, runs, others))
     parts.append("### What the models look at on decoys\n\n" + _pictures(results, "decoy_mnist", "decoy_fashion_mnist"))
     return parts + _exploration(results)
 
@@ -320,22 +322,26 @@ def _decoy_table(runs: Sequence[Run], *, by_weight: bool = False, by_prototypes:
     return _markdown(head, rows)
 
 
-def _goals(runs: Sequence[Run], others: Sequence[Run]) -> str:
-    """What has ten prototypes against the goals and RRR, by the rule that needs nothing but training data."""
-    chosen = decoy_weights(run for run in runs if run["seed"] == DECOY_SEEDS[0])["biased accuracy"]
-    selected = [run for run in runs if Chosen(run["dataset"], run["objective"], _weight(run)) in chosen]
+def _goals(along: Sequence[Run], runs: Sequence[Run], others: Sequence[Run]) -> str:
+    """What has ten prototypes against the goals and RRR, for each rule that chooses λ."""
     lines = []
-    for (dataset,), group in _grouped(selected, "dataset").items():
-        found = {name: Figure.of(r["test_accuracy"] for r in g) for (name,), g in _grouped(group, "objective").items()}
-        against = f"; RRR with a mask per image {_text(found['rrr'])}" if "rrr" in found else ""
-        for name, figure in found.items():
-            if "psl" in name and figure is not None:
-                lines.append(_against_goal(dataset, GOALS[dataset], f"ten prototypes, `{name}`", figure) + against)
-        for (name,), tens in _grouped([r for r in others if r["prototypes"] == TEN], "objective").items():
-            figure = Figure.of(run["test_accuracy"] for run in tens if run["dataset"] == dataset)
-            if figure is not None:
-                lines.append(_against_goal(dataset, GOALS_TEN[dataset], f"ten images a class, `{name}`", figure))
-    return "### The goals, λ chosen by biased accuracy\n\n" + "\n".join(f"* {line}." for line in lines)
+    for rule, chosen in decoy_weights(along).items():
+        selected = [run for run in runs if Chosen(run["dataset"], run["objective"], _weight(run)) in chosen]
+        for (dataset,), group in _grouped(selected, "dataset").items():
+            by_objective = _grouped(group, "objective")
+            found = {name: Figure.of(run["test_accuracy"] for run in g) for (name,), g in by_objective.items()}
+            against = f"; RRR with a mask per image {_text(found['rrr'])}" if "rrr" in found else ""
+            for name, figure in found.items():
+                if "psl" in name and figure is not None:
+                    what = f"ten prototypes, `{name}`, λ by {rule}"
+                    lines.append(_against_goal(dataset, GOALS[dataset], what, figure) + against)
+    for (dataset, name), tens in _grouped(
+        [r for r in others if r["prototypes"] == TEN], "dataset", "objective"
+    ).items():
+        figure = Figure.of(run["test_accuracy"] for run in tens)
+        if figure is not None:
+            lines.append(_against_goal(dataset, GOALS_TEN[dataset], f"ten images a class, `{name}`", figure))
+    return "### The goals\n\n" + "\n".join(f"* {line}." for line in lines)
 
 
 def _against_goal(dataset: str, goal: float, what: str, figure: Figure) -> str:
