@@ -10,6 +10,7 @@ import torch
 from distributed_batchcam.checkpoint import load_run
 from distributed_batchcam.data import dataset_prototypes, load_data, random_selection, save_prototype_images
 from distributed_batchcam.errors import InputError
+from distributed_batchcam.explanation_files import NewFolder
 from distributed_batchcam.models import PAPER_MODELS
 from tune.space import Space
 
@@ -116,7 +117,8 @@ def make_prototypes(folder: Path, data_root: Path | None) -> None:
             images = data.train
             if per_class is not None:
                 images = images.subset(random_selection(images.targets, per_class, data.classes))
-            save_prototype_images(target, dataset_prototypes(images, data.num_classes), data.classes)
+            with NewFolder(target) as new:
+                save_prototype_images(new, dataset_prototypes(images, data.num_classes), data.classes)
     write_sketches(folder, f"-{SKETCHES}")
 
 
