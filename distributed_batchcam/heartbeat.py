@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 
 from .errors import RunFault
-from .runtime import decided_by_main
+from .runtime import SHARED_STORE, decided_by_main, shares_store_with_restarts
 from .signals import DeferredSignals, Stopped
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ def lost_before_training() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunFault) or not _is_of_collective(error):
             raise
-        raise RunFault(f"another process was lost while the processes met ({_first_line(error)})") from error
+        # Launched again by such a launcher, processes may look for each other at the addresses of those before.
+        advice = f"; {SHARED_STORE}" if shares_store_with_restarts() else ""
+        raise RunFault(f"another process was lost while the processes met ({_first_line(error)}){advice}") from error
 
 
 def _open_store(accelerator: "Accelerator") -> Any:

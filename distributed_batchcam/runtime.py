@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SHARED_STORE = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launcher, or restarted processes may not meet"
+
 
 def start_accelerator(config: RunConfig) -> "Accelerator":
     """The `Accelerator` of this process.
@@ -68,6 +70,19 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
             "check the launcher's configuration (accelerate env)"
         )
     return accelerator
+
+
+def shares_store_with_restarts() -> bool:
+    """Whether an elastic launcher (`torchrun --max-restarts`) gives the same store to every restart.
+
+    What the processes before left in it may be read by those after them, who then look for each other at old
+    addresses: https://github.com/pytorch/pytorch/issues/135712.
+    """
+    environment = os.environ
+    return (
+        environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    )
 
 
 def describe(accelerator: "Accelerator") -> str:

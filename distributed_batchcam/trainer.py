@@ -32,7 +32,14 @@ from .optim import make_ema, make_optimizer, make_scheduler
 from .results import Results, model_metadata, write_identity
 from .run_data import facts_of, load_run_data, run_masks, run_prototypes
 from .run_directory import RunDirectory
-from .runtime import average_buffers, decided_by_main, describe, start_accelerator
+from .runtime import (
+    SHARED_STORE,
+    average_buffers,
+    decided_by_main,
+    describe,
+    shares_store_with_restarts,
+    start_accelerator,
+)
 from .signals import DeferredSignals, Stopped, pass_on
 from .tracking import MetricsFile, SafeTracker
 from .training_state import Progress, TrainingState
@@ -75,6 +82,8 @@ def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None)
         keep_freed_memory()  # and after the run too: glibc has no way back to its own adaptive defaults
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
+        if shares_store_with_restarts():
+            _warn(SHARED_STORE)
     run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
     if config.debug:
         torch.use_deterministic_algorithms(True)

@@ -6,7 +6,9 @@ from typing import Any, cast
 import pytest
 from torch.distributed import HashStore
 
-from distributed_batchcam.heartbeat import Heartbeat
+from distributed_batchcam.errors import RunFault
+from distributed_batchcam.heartbeat import Heartbeat, lost_before_training
+from distributed_batchcam.runtime import shares_store_with_restarts
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,17 @@ def test_of_ranks_that_give_signs_of_life_the_one_that_is_behind_or_has_ended_is
         heartbeat._store.set(f"who/{rank}", f"rank {rank} (pid {10 + rank})")
         heartbeat._store.set(f"beat/{rank}", beat)
     assert heartbeat._straggler() == line
+
+
+@pytest.mark.parametrize(("restarts", "advised"), [("3", True), ("0", False)])
+def test_restarts_that_share_a_store_are_warned_of(
+    restarts: str, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    met = pytest.raises(RunFault, match="another process was lost while the processes met")
+    with met as raised, lost_before_training():
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting")
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(raised.value)) == advised
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert not shares_store_with_restarts()

@@ -101,11 +101,11 @@ OURS = "bcpl_l1+100psl_margin"
 """What is tried further, with other prototypes and on clean data."""
 
 DECOY_WEIGHTS: dict[str, list[float]] = {
-    OURS: [0.1, 0.03],
+    OURS: [0.1, 0.03, 0.01],
     "rrr": [10.0, 1.0],
     "bcpl_l1": [10.0, 30.0],
     "psl": [1.0, 0.3],
-    "psl_margin": [10.0, 3.0],
+    "psl_margin": [10.0, 3.0, 1.0],
     "rrr_g": [10.0, 1.0],
     "pl_l1": [30.0],
 }
