@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 
 from .errors import RunFault
-from .runtime import SHARED_STORE, decided_by_main, shares_store_with_restarts
+from .runtime import SHARED_STORE, decided_by_main, restarts_may_not_meet
 from .signals import DeferredSignals, Stopped
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def lost_before_training() -> Iterator[None]:
         if isinstance(error, RunFault) or not _is_of_collective(error):
             raise
         # Launched again by such a launcher, processes may look for each other at the addresses of those before.
-        advice = f"; {SHARED_STORE}" if shares_store_with_restarts() else ""
+        advice = f"; {SHARED_STORE}" if restarts_may_not_meet() else ""
         raise RunFault(f"another process was lost while the processes met ({_first_line(error)}){advice}") from error
 
 

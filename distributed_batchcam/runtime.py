@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHARED_STORE = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launcher, or restarted processes may not meet"
+SHARED_STORE = (
+    "restarted processes may not meet: launch with --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+)
 
 
 def start_accelerator(config: RunConfig) -> "Accelerator":
@@ -52,6 +54,8 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
     # Accelerate's state is global: a run in the same process as an earlier one must not inherit its settings.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    timeout = timedelta(seconds=config.timeout)
+    _meet(cpu, timeout)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.precision,
@@ -61,7 +65,7 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
         # Running statistics are averaged before they are used (see `average_buffers`), not sent in every step.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
     if accelerator.num_processes != launched:
@@ -72,17 +76,43 @@ def start_accelerator(config: RunConfig) -> "Accelerator":
     return accelerator
 
 
-def shares_store_with_restarts() -> bool:
-    """Whether an elastic launcher (`torchrun --max-restarts`) gives the same store to every restart.
+def restarts_may_not_meet() -> bool:
+    """Whether an elastic launcher on several machines gives its restarts the store of those before them."""
+    return _shares_store_with_restarts() and not _on_one_machine()
 
-    What the processes before left in it may be read by those after them, who then look for each other at old
-    addresses: https://github.com/pytorch/pytorch/issues/135712.
+
+def _meet(cpu: bool, timeout: timedelta) -> None:
+    """Make the process group where Accelerate's would mix up the restarts of an elastic launcher.
+
+    `torchrun --max-restarts` and `accelerate launch --max_restarts` give all restarts one store. Processes would read
+    in it where those before them listened (https://github.com/pytorch/pytorch/issues/135712), unless each restart
+    keeps its keys apart. What counts the restarts is known to agree between the processes of one machine alone.
     """
+    if not (_shares_store_with_restarts() and _on_one_machine()):
+        return
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    environment = os.environ
+    shared = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=timeout)
+    torch.distributed.init_process_group(
+        "gloo" if cpu else "nccl",
+        store=PrefixStore(f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}", shared),
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        timeout=timeout,
+    )
+
+
+def _shares_store_with_restarts() -> bool:
     environment = os.environ
     return (
         environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     )
+
+
+def _on_one_machine() -> bool:
+    return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
 
 
 def describe(accelerator: "Accelerator") -> str:

@@ -37,7 +37,7 @@ from .runtime import (
     average_buffers,
     decided_by_main,
     describe,
-    shares_store_with_restarts,
+    restarts_may_not_meet,
     start_accelerator,
 )
 from .signals import DeferredSignals, Stopped, pass_on
@@ -82,7 +82,7 @@ def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None)
         keep_freed_memory()  # and after the run too: glibc has no way back to its own adaptive defaults
     if accelerator.is_main_process:
         print(f"batchcam: {describe(accelerator)}", flush=True)
-        if shares_store_with_restarts():
+        if restarts_may_not_meet():
             _warn(SHARED_STORE)
     run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
     if config.debug:

@@ -100,9 +100,7 @@ def of_elastic_launcher(folder: Path, name: str, times: int, seed: int) -> Figur
     command = [sys.executable, "-m", *LAUNCHERS[name], "-m", "distributed_batchcam", *OPTIONS, *LONGER]
     for _ in range(times):
         out, log, victim = fresh(folder / "restarted"), fresh(folder / "restarted.log"), dice.randrange(2)
-        # Without the second, torchrun gives every restart the same store, with the addresses of those before in it.
-        settings = {"ACCELERATE_USE_CPU": "true", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        launch = Launch(log, [*command, "--out", str(out)], **settings)
+        launch = Launch(log, [*command, "--out", str(out)], ACCELERATE_USE_CPU="true")
         failure = launch.wait_for(partial(_is_under_way, out), "the middle of the run")
         time.sleep(dice.uniform(0, 0.5))
         if failure is None:

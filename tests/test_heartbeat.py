@@ -8,7 +8,7 @@ from torch.distributed import HashStore
 
 from distributed_batchcam.errors import RunFault
 from distributed_batchcam.heartbeat import Heartbeat, lost_before_training
-from distributed_batchcam.runtime import shares_store_with_restarts
+from distributed_batchcam.runtime import restarts_may_not_meet
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,20 @@ def test_of_ranks_that_give_signs_of_life_the_one_that_is_behind_or_has_ended_is
     assert heartbeat._straggler() == line
 
 
-@pytest.mark.parametrize(("restarts", "advised"), [("3", True), ("0", False)])
-def test_restarts_that_share_a_store_are_warned_of(
-    restarts: str, advised: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("restarts", "here", "advised"), [("3", "2", True), ("3", "4", False), ("0", "2", False)])
+def test_restarts_on_several_machines_that_share_a_store_are_warned_of(
+    restarts: str, here: str, advised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_MAX_RESTARTS": restarts,
+        "LOCAL_WORLD_SIZE": here,
+        "WORLD_SIZE": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
     met = pytest.raises(RunFault, match="another process was lost while the processes met")
     with met as raised, lost_before_training():
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting")
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(raised.value)) == advised
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
-    assert not shares_store_with_restarts()
+    assert not restarts_may_not_meet()
