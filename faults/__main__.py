@@ -158,6 +158,9 @@ and that it ended as the undisturbed one did, bit for bit: how far each of these
 fault, or from the second start of a job, until the run is further than it was: the launcher's own patience, the start
 of Python, and the steps since the last checkpoint. All need `--resume auto` and the same `--out`. This project does not
 use the worker groups of Ray Train: a trial starts its own processes (`tune/ranks.py`), and is itself started again.
+Elastic launchers give all restarts one store, with the addresses of those before in it. On one machine each restart
+keeps its keys apart (`runtime.py`; without that nearly half of these ended for good); on several, not tried here, the
+launcher has to be told: `--rdzv-backend c10d` and `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
 
 {restart}
 
