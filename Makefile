@@ -73,7 +73,7 @@ reproduce: $(VENV)/.installed ## the paper's tables and the decoy benchmark, all
 reproduce-cpu: $(VENV)/.installed ## the same for SimpleCNN alone (hours on two cores); MNIST and Fashion-MNIST are downloaded where missing
 	$(BIN)/python -m benchmarks.reproduce --models simple_cnn
 
-faults: $(VENV)/.installed ## kill, tear, fill and fuzz; writes docs/reliability.md (about an hour)
+faults: $(VENV)/.installed ## kill, tear, fill and fuzz; writes docs/reliability.md (an hour or two)
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults
 
 soak: $(VENV)/.installed ## LAUNCHES=200, then short runs for MINUTES=120: memory, files and threads stay flat

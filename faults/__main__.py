@@ -1,6 +1,6 @@
 """Try every fault and write what came of it to docs/reliability.md.
 
-python -m faults            # about an hour
+python -m faults            # an hour or two
 python -m faults --short    # a few of each
 python -m faults --only kills --out kills.json    # in parts,
 python -m faults --of kills.json …                # to be put together
