@@ -88,7 +88,7 @@ def _meet(cpu: bool, timeout: timedelta) -> None:
     in it where those before them listened (https://github.com/pytorch/pytorch/issues/135712), unless each restart
     keeps its keys apart. What counts the restarts is known to agree between the processes of one machine alone.
     """
-    if not (_shares_store_with_restarts() and _on_one_machine()):
+    if torch.distributed.is_initialized() or not (_shares_store_with_restarts() and _on_one_machine()):
         return
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 

@@ -55,3 +55,8 @@ def test_other_launches_are_left_to_accelerate(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert group_of(0, monkeypatch) == {}
+
+
+def test_processes_that_have_met_do_not_meet_again(launcher: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert group_of(0, monkeypatch) == {}
