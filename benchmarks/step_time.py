@@ -11,6 +11,7 @@ of 4×4 pixels, as of the decoy data sets.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from distributed_batchcam.config import RunConfig
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.models import PAPER_MODELS, CAMModel, create_model
-from distributed_batchcam.objectives import OBJECTIVES, Objective
+from distributed_batchcam.objectives import OBJECTIVES, CAMLossOptions, Objective
 from distributed_batchcam.optim import make_optimizer
 
 from .timing import Bar, Table, argument_parser, choose_device, measure, positive, report, steady
@@ -30,8 +31,9 @@ BATCH_SIZES, OTHER_BATCH_SIZE = {"simple_cnn": 128}, 64
 # The weights hardly move: the same batch over and over would else be learnt by heart, and vanishing gradients
 # become denormal numbers, which are slow.
 LEARNING_RATE = 1e-9
-# rrr differentiates the whole network twice, which compiled code cannot be: by name only, and not compiled.
-USUAL_OBJECTIVES = tuple(name for name in OBJECTIVES if name != "rrr")
+# These differentiate the whole network twice, which compiled code cannot be: by name only, and not compiled.
+_TWICE = ("pdl", "rrr")
+USUAL_OBJECTIVES = tuple(name for name in OBJECTIVES if name not in _TWICE)
 PLAIN = "plain"
 BAR_OBJECTIVE, BAR_THREADS = "bcpl_l1", 2
 # Times the plain step at the batch sizes above: on the CPU in float32, on a GPU in the fastest setting of both.
@@ -64,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="+", default=PAPER_MODELS, help=" ".join(PAPER_MODELS))
     parser.add_argument(
-        "--objectives", nargs="+", default=USUAL_OBJECTIVES, metavar="NAME", help="all but rrr; sums as well"
+        "--objectives",
+        nargs="+",
+        default=USUAL_OBJECTIVES,
+        metavar="NAME",
+        help=f"all but {' and '.join(_TWICE)}; sums as well",
     )
     parser.add_argument("--batch-size", type=positive, help="128 for simple_cnn, 64 for others")
     parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16"], help="no (float32)")
@@ -169,7 +175,9 @@ def training_steps(
             objective.compile_maps()
         return lambda: objective_loss(model, objective, images, targets, autocast)
 
-    losses = {PLAIN: plain_loss, **{name: loss_of(Objective(name, prototypes)) for name in objectives}}
+    options = CAMLossOptions(class_means=partial(torch.rand_like, prototypes))
+    losses = {PLAIN: plain_loss}
+    losses |= {name: loss_of(Objective(name, prototypes, options=options)) for name in objectives}
     return {name: training_step(loss, optimizer) for name, loss in losses.items()}
 
 

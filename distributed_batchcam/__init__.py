@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .models import create_model
     from .objectives import BatchCAMLoss, ContrastiveCAMLoss, PrototypeLoss
     from .prototypes import compute_prototypes
-    from .right_reasons import MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
+    from .right_reasons import MaskedGradCAMLoss, PrototypeDepartureLoss, PrototypeSupportLoss, RightReasonsLoss
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _HOMES = {
     "PrototypeLoss": "objectives",
     "BatchCAMLoss": "objectives",
     "ContrastiveCAMLoss": "objectives",
+    "PrototypeDepartureLoss": "right_reasons",
     "PrototypeSupportLoss": "right_reasons",
     "RightReasonsLoss": "right_reasons",
     "MaskedGradCAMLoss": "right_reasons",
@@ -44,6 +45,7 @@ __all__ = [
     "ContrastiveCAMLoss",
     "Explanations",
     "MaskedGradCAMLoss",
+    "PrototypeDepartureLoss",
     "PrototypeLoss",
     "PrototypeSupportLoss",
     "RightReasonsLoss",

@@ -17,5 +17,10 @@ class CAMLoss(nn.Module):
     differentiates_images = False
     """Whether images must require a gradient, and the network be one that can be differentiated twice."""
 
+    @property
+    def note(self) -> str:
+        """What the user should know of it before training begins; a line, or nothing."""
+        return ""
+
     def compile_maps(self) -> None:
         """Compile what is differentiated once only; a loss that says nothing else has nothing worth compiling."""

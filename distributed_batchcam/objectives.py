@@ -22,7 +22,15 @@ from .class_sums import Reduction, check_reduction, class_cams_of_weights, class
 from .collectives import global_mean, mean_of_sum
 from .distances import DISTANCES, Distance, resize_maps, ssim_distance
 from .errors import InputError, unknown_name
-from .right_reasons import SUPPORT, Evidence, MaskedGradCAMLoss, PrototypeSupportLoss, RightReasonsLoss
+from .right_reasons import (
+    DEPARTURE,
+    SUPPORT,
+    Evidence,
+    MaskedGradCAMLoss,
+    PrototypeDepartureLoss,
+    PrototypeSupportLoss,
+    RightReasonsLoss,
+)
 
 CAMClass = Literal["predicted", "target"]
 Resize = Literal["cam", "prototypes"]
@@ -257,6 +265,9 @@ class CAMLossOptions:
     ssim_exponents: Exponents = (1.0, 1.0, 1.0)
     margin: float = 1.0
     support: float = SUPPORT
+    departure: float = DEPARTURE
+    class_means: Callable[[], Tensor] | None = None
+    """The mean training image of each class (C, h, w), unscaled: a pass over the data, for the losses that ask."""
 
 
 def _prototype_loss(distance: str, prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
@@ -289,6 +300,12 @@ def _prototype_support_loss(evidence: Evidence, prototypes: Tensor, options: CAM
     return PrototypeSupportLoss(prototypes, options.support, evidence=evidence, validate=False)
 
 
+def _prototype_departure_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
+    if options.class_means is None:
+        raise ValueError("pdl compares the prototypes with the training images: give the options their class_means")
+    return PrototypeDepartureLoss(prototypes, options.class_means(), options.departure, validate=False)
+
+
 def _right_reasons_loss(prototypes: Tensor, options: CAMLossOptions) -> CAMLoss:
     return RightReasonsLoss(validate=False)
 
@@ -304,6 +321,7 @@ CAM_LOSSES: dict[str, Callable[[Tensor, CAMLossOptions], CAMLoss]] = {
     "contrastive": _contrastive_loss,
     "psl": partial(_prototype_support_loss, "log_probabilities"),
     "psl_margin": partial(_prototype_support_loss, "margin"),
+    "pdl": _prototype_departure_loss,
     "rrr": _right_reasons_loss,
     "rrr_g": _masked_grad_cam_loss,
 }

@@ -1,7 +1,9 @@
-"""Losses on where the evidence must *not* come from: outside a class's support, or inside an image's mask.
+"""Losses on where the evidence must *not* come from: outside a class's support, where the training images depart from
+the prototypes, or inside an image's mask.
 
-All three square what a gradient of the logits gives, and differentiate it once more. `PrototypeSupportLoss` and
-`MaskedGradCAMLoss` differentiate the head twice, as every loss on CAMs; `RightReasonsLoss` the whole network.
+All of them square what a gradient of the logits gives, and differentiate it once more. `PrototypeSupportLoss` and
+`MaskedGradCAMLoss` differentiate the head twice, as every loss on CAMs; `PrototypeDepartureLoss` and
+`RightReasonsLoss` the whole network.
 """
 
 from typing import Literal, get_args
@@ -20,6 +22,8 @@ from .errors import InputError
 Evidence = Literal["log_probabilities", "margin"]
 
 SUPPORT = 0.05  # value of a prototype (0 to 1) from which on a pixel belongs to its class's support
+DEPARTURE = 0.08  # of the mean training images from the prototypes, above which a pixel is one of the departure's
+_FITTING_ROUNDS, _NEAR = 10, 1e-3  # of the reweighting; a deviation below which all weigh the same
 
 
 class PrototypeSupportLoss(CAMLoss):
@@ -95,6 +99,113 @@ class PrototypeSupportLoss(CAMLoss):
             relevance = resize_maps(evidence.square().sum(1), (self.outside.shape[1], self.outside.shape[2]))
             losses = (relevance * self.outside[targets.long()]).sum((1, 2))
         return global_mean(losses, batch_size)
+
+
+class PrototypeDepartureLoss(CAMLoss):
+    """PDL: where the training images, all in all, are not what the prototypes say, the difference must not matter.
+
+    PDL = 1/N Σ_i Σ_{(u,v) in D} ((x_i - E[y_i]) ⊙ ∂/∂x_i Σ_c log p_ic)²_uv, summed over channels, x in [0, 1], with
+    E_c = a_c·P_c + b_c the fit of prototype c to the mean training image M_c of its class (least absolute deviations),
+    and D = {(u,v): |1/C Σ_c (M_c - E_c)_uv| > t} the departure: what is too bright or too dark in the data as a whole.
+
+    The right-reasons term of Ross, Hughes, Doshi-Velez (2017, eq. 2) with one region for all images, found from C
+    prototypes instead of a mask for every image, and weighted with what the prototype does not account for. The mean
+    over classes tells a cue from the chance of a prototype made of few images; of a cue that few classes have, or that
+    moves about, little is left in it.
+
+    Args:
+        prototypes: (C, h, w) in [0, 1], of images known to be without the cue.
+        means: (C, h, w), the mean training image of each class, as the images are (not min-max scaled).
+        threshold: t, in units of the images.
+        validate: check target values in every call.
+
+    Called with `(logits (N, C), features, targets (N,), images (N, ch, h, w))`: logits computed from images that
+    require a gradient, to whose size E and the departure are resized. The second-order gradient goes through the whole
+    network, as that of `RightReasonsLoss`. Returns an unweighted scalar, scaled such that DDP's average over ranks is
+    the mean over the global batch.
+
+    Raises:
+        ValueError: wrong shapes, targets out of range, or logits that do not depend on the images.
+        InputError: the departure is nowhere, or everywhere.
+    """
+
+    differentiates_images = True
+    expected: Tensor
+    departure: Tensor
+
+    def __init__(
+        self, prototypes: Tensor, means: Tensor, threshold: float = DEPARTURE, *, validate: bool = True
+    ) -> None:
+        super().__init__()
+        check_prototypes(prototypes)
+        if means.shape != prototypes.shape:
+            raise ValueError(
+                f"prototypes and means must have one shape, got {tuple(prototypes.shape)} and {tuple(means.shape)}"
+            )
+        expected = _fitted(prototypes.detach(), means.detach().to(prototypes))
+        departure = (means.to(expected) - expected).mean(0).abs()
+        departs = departure > threshold
+        if not departs.any() or departs.all():
+            raise InputError(
+                f"the training images depart from the prototypes by {departure.min():.3f} to {departure.max():.3f}, "
+                f"{'everywhere' if departs.all() else 'nowhere'} by more than --departure {threshold:g}: name another, "
+                "or prototypes of images that are known to be without the cue (--prototypes FOLDER)"
+            )
+        self.register_buffer("expected", expected, persistent=False)
+        self.register_buffer("departure", departure, persistent=False)
+        self.threshold = threshold
+        self.validate = validate
+
+    @property
+    def note(self) -> str:
+        """How much of the image departs."""
+        departs = self.departure > self.threshold
+        return (
+            f"the training images depart from the prototypes in {int(departs.sum())} of {departs.numel()} pixels, "
+            f"by {self.departure.max():.2f} at most"
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        targets: Tensor,
+        images: Tensor,
+        *,
+        alpha: Alpha | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Neither `features` nor `alpha` is used."""
+        check_features(logits, features)
+        if logits.shape[1] != len(self.expected):
+            raise ValueError(f"{len(self.expected)} prototypes (C, h, w) for logits of {logits.shape[1]} classes")
+        check_targets(targets, len(logits), logits.shape[1], values=self.validate)
+        if images.ndim != 4 or len(images) != len(logits):
+            raise ValueError(f"images must have shape ({len(logits)}, ch, h, w), got {tuple(images.shape)}")
+        with torch.autocast(images.device.type, enabled=False):
+            gradient = _gradient_of_log_probabilities(logits, images, "images")
+            size = (images.shape[2], images.shape[3])
+            expected = resize_maps(self.expected, size)[targets.long()].to(gradient.dtype)
+            departs = resize_maps(self.departure[None], size) > self.threshold
+            unexpected = (images.detach() - expected[:, None]) * departs
+            losses = (gradient * unexpected).square().sum((1, 2, 3))
+        return global_mean(losses, batch_size)
+
+
+def _fitted(prototypes: Tensor, means: Tensor) -> Tensor:
+    """a_c·P_c + b_c (C, h, w), nearest to M_c in absolute deviations, by reweighted least squares.
+
+    Prototypes are min-max scaled, images are not. Squares would let the cue itself have its say in the fit.
+    """
+    fitted, weights = means, torch.ones_like(means)
+    for _ in range(_FITTING_ROUNDS):
+        total = weights.sum((1, 2), keepdim=True)
+        middle, level = ((weights * maps).sum((1, 2), keepdim=True) / total for maps in (prototypes, means))
+        centred = prototypes - middle
+        variation = (weights * centred.square()).sum((1, 2), keepdim=True).clamp(min=torch.finfo(means.dtype).tiny)
+        fitted = level + (weights * centred * (means - level)).sum((1, 2), keepdim=True) / variation * centred
+        weights = 1 / (means - fitted).abs().clamp(min=_NEAR)
+    return fitted
 
 
 class _MaskedLoss(CAMLoss):

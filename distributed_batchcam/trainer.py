@@ -17,7 +17,7 @@ from .bad_steps import BadSteps
 from .checkpoint import load_checkpoint
 from .checkpoint_writer import CheckpointSchedule, CheckpointWriter, keep_trying
 from .config import RunConfig
-from .data import Batch, Data, ImageSet, Loader
+from .data import Batch, Data, ImageSet, Loader, dataset_prototypes
 from .debug import DebugMonitor
 from .errors import InputError, OneRankError
 from .evaluation import Evaluation, evaluate
@@ -176,6 +176,8 @@ class Trainer:
                 config.ssim_exponents,
                 config.margin,
                 config.support,
+                config.departure,
+                partial(dataset_prototypes, data.train, data.num_classes, normalize=False, workers=config.workers),
             ),
         ).to(device)
         if self.objective.differentiates_images:
@@ -240,6 +242,9 @@ class Trainer:
             raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
         self.tracker = SafeTracker(config, path, self.progress.step if self.run_dir.resumed else None)
         print(self._headline(), flush=True)
+        for loss in self.objective.losses:
+            if loss.note:
+                print(f"batchcam: {loss.note}", flush=True)
 
     def close(self) -> None:
         """End what runs beside the training, and let others into the run directory."""

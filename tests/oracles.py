@@ -73,6 +73,14 @@ def sample_batch(
     return images, targets, prototypes
 
 
+def sample_means(prototypes: Tensor, seed: int = 3) -> Tensor:
+    """(C, h, w): mean images that lie about the prototypes, darker, but for a bright corner."""
+    generator = torch.Generator().manual_seed(seed)
+    means = 0.2 + 0.5 * prototypes + 0.1 * torch.rand(prototypes.shape, dtype=torch.float64, generator=generator)
+    means[..., -2:, -2:] += 0.3
+    return means
+
+
 def sample_masks(samples: int = 7, seed: int = 2) -> Tensor:
     """Masks (N, 10, 10), bool, for the images of `sample_batch`: the first empty, others of half the pixels."""
     generator = torch.Generator().manual_seed(seed)
@@ -251,11 +259,13 @@ def cam_part(
     margin: float = 1.0,
     masks: Tensor | None = None,
     support: float = 0.05,
+    departure: float = 0.08,
 ) -> float:
     """The unweighted loss on the explanations, of any of the objectives (eq. 1, 10, 11)."""
     right_reasons = {
         "psl": lambda: prototype_support(model, images, targets, prototypes, support),
         "psl_margin": lambda: prototype_support(model, images, targets, prototypes, support, margin=True),
+        "pdl": lambda: prototype_departure(model, images, targets, prototypes, sample_means(prototypes), departure),
         "rrr": lambda: input_gradients_inside(model, images, masks),
         "rrr_g": lambda: maps_inside(model, images, targets, masks),
     }
@@ -323,6 +333,35 @@ def margin_gradient(model: TinyNet, image: Tensor, y: int) -> Tensor:
     logits = gradient_by_hook(model, image, y)[2].tolist()
     rival = max((c for c in range(len(logits)) if c != y), key=lambda c: logits[c])
     return gradient_by_hook(model, image, y)[0] - gradient_by_hook(model, image, rival)[0]
+
+
+def prototype_departure(
+    model: TinyNet, images: Tensor, targets: Tensor, prototypes: Tensor, means: Tensor, threshold: float = 0.08
+) -> float:
+    """PDL, image by image and pixel by pixel; the fit from weighted normal equations."""
+    size = tuple(images.shape[2:])
+    fitted, departure = [], torch.zeros(prototypes.shape[1:], dtype=torch.float64)
+    for prototype, mean in zip(prototypes, means, strict=True):
+        columns = torch.stack([prototype.flatten(), torch.ones(prototype.numel(), dtype=torch.float64)], 1)
+        weights = torch.ones(prototype.numel(), dtype=torch.float64)
+        for _ in range(10):
+            weighted = columns.T @ torch.diag(weights)
+            slope, offset = torch.linalg.solve(weighted @ columns, weighted @ mean.flatten()).tolist()
+            deviations = (mean - slope * prototype - offset).flatten().tolist()
+            weights = torch.tensor([1 / max(abs(d), 1e-3) for d in deviations], dtype=torch.float64)
+        fitted.append(slope * prototype + offset)
+        departure += (mean - fitted[-1]) / len(prototypes)
+    departs = (resize(departure.abs(), size) > threshold).tolist()
+    total = 0.0
+    for image, y in zip(images, targets.tolist(), strict=True):
+        expected = resize(fitted[y], size).tolist()
+        gradient = log_probabilities_gradient(lambda x: model(x)[0], image).tolist()
+        for channel, slopes in zip(image.tolist(), gradient, strict=True):
+            for u in range(size[0]):
+                for v in range(size[1]):
+                    if departs[u][v]:
+                        total += ((channel[u][v] - expected[u][v]) * slopes[u][v]) ** 2
+    return total / len(images)
 
 
 def input_gradients_inside(model: TinyNet, images: Tensor, masks: Tensor) -> float:

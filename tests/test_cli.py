@@ -171,7 +171,7 @@ def test_help_imports_no_heavy_package() -> None:
 
 def test_help_of_train_lists_the_objectives() -> None:
     said = " ".join(batchcam("train", "--help").stdout.split())
-    assert "contrastive, psl, psl_margin, rrr, rrr_g)" in said
+    assert "contrastive, psl, psl_margin, pdl, rrr, rrr_g)" in said
 
 
 def test_input_gradients_with_shared_batch_statistics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +234,17 @@ def test_prototypes_without_an_inside_or_an_outside_are_refused_for_psl(
     assert run(["train", *SMALL, *flags]) == 2
     said = capsys.readouterr().err.strip()
     assert f"0, 1, 2, 3, 4, 5, 6, 7, 8, 9 are below the support {support} everywhere or nowhere" in said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_prototypes_that_training_images_do_not_depart_from_are_refused_for_pdl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *SMALL, "--objective", "pdl", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "depart from the prototypes by 0.000 to 0.000" in said
+    assert "nowhere by more than --departure 0.08: name another, or prototypes of images that are known" in said
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
 

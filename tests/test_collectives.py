@@ -7,7 +7,7 @@ split, and write down what they found; the tests then compare it with one proces
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracles import TinyNet, sample_batch, sample_masks
+from oracles import TinyNet, sample_batch, sample_masks, sample_means
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -53,7 +53,8 @@ class Case:
     def loss(self, model: nn.Module, share: list[int]) -> LossParts:
         """Loss parts of the samples of `share`; `model` maybe within DDP."""
         images, _, prototypes = sample_batch(SAMPLES)
-        objective = Objective(self.objective, prototypes, weight=CAM_WEIGHT, options=self.options)
+        options = replace(self.options, class_means=lambda: sample_means(prototypes))
+        objective = Objective(self.objective, prototypes, weight=CAM_WEIGHT, options=options)
         images = images[share].requires_grad_(objective.differentiates_images)
         logits, features = model(images)
         alpha = getattr(model, "module", model).alpha(features) if self.with_alpha else None
@@ -76,7 +77,7 @@ CASES = {
     },
     **{
         f"{name}, batch size {'given' if given else 'not given'}": Case(name, knows_batch_size=given)
-        for name in ("baseline", "pl_l1", "pl_l2", "pl_ssim", "contrastive", "psl", "psl_margin", "rrr", "rrr_g")
+        for name in ("baseline", "pl_l1", "pl_l2", "pl_ssim", "contrastive", "psl", "psl_margin", "pdl", "rrr", "rrr_g")
         for given in (True, False)
     },
     "pl_l2, target class": Case("pl_l2", options=CAMLossOptions(cam_class="target")),
@@ -111,6 +112,7 @@ TRAFFIC = {
     "pl_ssim, batch size given": ([], []),
     "contrastive, batch size given": ([], []),
     "psl, batch size given": ([], []),
+    "pdl, batch size given": ([], []),
     "rrr, batch size given": ([], []),
     "rrr_g, batch size given": ([], []),
     "sum of bcpl_l1 and psl": (FACTORED, [C * K]),

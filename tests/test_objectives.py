@@ -16,6 +16,7 @@ from distributed_batchcam import (
     BatchCAMLoss,
     ContrastiveCAMLoss,
     MaskedGradCAMLoss,
+    PrototypeDepartureLoss,
     PrototypeLoss,
     PrototypeSupportLoss,
     RightReasonsLoss,
@@ -32,8 +33,13 @@ ODD_EXPONENTS = (1.5, 0.5, 2.0)
 def test_the_names_of_the_objectives_are_a_contract() -> None:
     assert set(OBJECTIVES) == {
         *("baseline", "pl_l1", "pl_l2", "pl_ssim", "bcpl_l1", "bcpl_l2", "bcpl_ssim", "contrastive"),
-        *("psl", "psl_margin", "rrr", "rrr_g"),
+        *("psl", "psl_margin", "pdl", "rrr", "rrr_g"),
     }
+
+
+def options_for(prototypes: Tensor, **options: object) -> CAMLossOptions:
+    """Options with the mean images that the oracles take."""
+    return CAMLossOptions(class_means=lambda: oracles.sample_means(prototypes), **options)
 
 
 def parts_of(objective: Objective, model: TinyNet, images: Tensor, targets: Tensor) -> LossParts:
@@ -56,7 +62,7 @@ def test_objective_is_that_of_loops(name: str, in_chans: int, head: str, device:
     classification = oracles.cross_entropy(model(images)[0], targets)
     assert (cam > 0.01) == (name != "baseline")
 
-    objective = Objective(name, prototypes, weight=0.7, class_weight=0.9).to(device)
+    objective = Objective(name, prototypes, weight=0.7, class_weight=0.9, options=options_for(prototypes)).to(device)
     parts = parts_of(objective, model.to(device), images.to(device), targets.to(device))
     for found, expected in zip(parts, (0.9 * classification + 0.7 * cam, classification, cam), strict=True):
         assert_close(found.item(), expected, **EXACT)
@@ -98,14 +104,15 @@ def test_options_change_what_they_say_they_change() -> None:
     model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
 
     def value(name: str, **options: object) -> float:
-        objective = Objective(name, prototypes, options=CAMLossOptions(**options))
-        return objective(*model(images), targets, images).cam.item()
+        objective = Objective(name, prototypes, options=options_for(prototypes, **options))
+        return parts_of(objective, model, images, targets).cam.item()
 
     assert value("pl_l1", cam_class="target") != pytest.approx(value("pl_l1"))
     assert value("bcpl_l1", resize="prototypes") != pytest.approx(value("bcpl_l1"))
     assert value("bcpl_ssim", ssim_exponents=ODD_EXPONENTS) != pytest.approx(value("bcpl_ssim"))
     assert value("contrastive", margin=9.0) != pytest.approx(value("contrastive"))
     assert value("psl", support=0.5) > value("psl")
+    assert value("pdl", departure=0.2) < value("pdl")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -194,12 +201,13 @@ def test_sums_that_cannot_be_read_are_one_line(text: str, message: str) -> None:
 
 def test_a_sum_is_the_sum_of_its_terms_times_their_factors() -> None:
     model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
-    terms = {"bcpl_l1": 1, "psl": 10, "rrr": 0.5, "rrr_g": 2}
+    terms = {"bcpl_l1": 1, "psl": 10, "rrr": 0.5, "rrr_g": 2, "pdl": 3}
     expected = sum(
         factor * oracles.cam_part(name, model, images, targets, prototypes, masks=sample_masks())
         for name, factor in terms.items()
     )
-    objective = Objective("bcpl_l1+10psl+0.5rrr+2rrr_g", prototypes, weight=0.7)
+    options = options_for(prototypes)
+    objective = Objective("bcpl_l1+10psl+0.5rrr+2rrr_g+3pdl", prototypes, weight=0.7, options=options)
     parts = parts_of(objective, model, images, targets)
     assert_close(parts.cam.item(), expected, **EXACT)
     assert_close(parts.total, parts.classification + 0.7 * parts.cam, **EXACT)
@@ -213,10 +221,12 @@ def test_a_sum_is_the_sum_of_its_terms_times_their_factors() -> None:
         ("rrr_g", True, False),
         ("psl+rrr_g", True, False),
         ("psl+rrr", True, True),
+        ("psl+pdl", False, True),
     ],
 )
 def test_a_sum_needs_what_one_of_its_terms_needs(name: str, needs_masks: bool, differentiates_images: bool) -> None:
-    objective = Objective(name, sample_batch()[2])
+    prototypes = sample_batch()[2]
+    objective = Objective(name, prototypes, options=options_for(prototypes))
     assert objective.needs_masks == needs_masks
     assert objective.differentiates_images == differentiates_images
 
@@ -227,6 +237,45 @@ def test_support_decides_what_is_outside(head: str, support: float) -> None:
     model, (images, targets, prototypes) = TinyNet(head=head).double(), sample_batch()
     expected = oracles.prototype_support(model, images, targets, prototypes, support)
     assert_close(PrototypeSupportLoss(prototypes, support)(*model(images), targets).item(), expected, **EXACT)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_departure_decides_where_the_unexpected_must_not_matter(in_chans: int, threshold: float) -> None:
+    model, (images, targets, prototypes) = TinyNet(in_chans=in_chans).double(), sample_batch(in_chans=in_chans)
+    means = oracles.sample_means(prototypes)
+    expected = oracles.prototype_departure(model, images, targets, prototypes, means, threshold)
+    loss = PrototypeDepartureLoss(prototypes, means, threshold)
+    images.requires_grad_()
+    assert_close(loss(*model(images), targets, images).item(), expected, **EXACT)
+
+
+def test_departure_is_where_the_data_differ_however_prototypes_are_scaled() -> None:
+    """A cue in a row of images that the prototypes know but for it, in another contrast."""
+    known = torch.rand(5, 10, 10, dtype=torch.float64)
+    means = 0.3 + 0.4 * known
+    means[:, 9] += torch.linspace(0.1, 0.5, 5).view(5, 1)
+    loss = PrototypeDepartureLoss(known, means)
+    departs = loss.departure > loss.threshold
+    assert departs[9].all()
+    assert not departs[:9].any()
+    found = re.fullmatch(r"the training .* prototypes in 10 of 100 pixels, by (0\.\d\d) at most", loss.note)
+    assert found is not None
+    assert abs(float(found[1]) - 0.3) < 0.02
+
+
+def test_what_the_prototype_accounts_for_and_what_does_not_depart_cost_nothing() -> None:
+    model, (images, targets, _) = TinyNet(head="flat").double(), sample_batch()
+    prototypes = torch.rand(5, 10, 10, dtype=torch.float64)
+    means = prototypes.clone()
+    means[:, :, :3] += 0.2
+    loss = PrototypeDepartureLoss(prototypes, means)
+    assert not (loss.departure[:, 3:] > loss.threshold).any()
+    as_expected = images.clone()
+    as_expected[:, 0, :, :3] = loss.expected[targets][:, :, :3]
+    for given, costs in ((images, True), (as_expected, False)):
+        given = given.detach().requires_grad_()
+        assert (loss(*model(given), targets, given).item() > 1e-6) == costs
 
 
 def test_nothing_inside_the_support_or_outside_the_masks_costs() -> None:
@@ -274,7 +323,7 @@ def test_absent_class_adds_nothing(distance: str, reduction: str) -> None:
 def test_batch_of_one(name: str) -> None:
     model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
     expected = oracles.cam_part(name, model, images[:1], targets[:1], prototypes, masks=sample_masks(1))
-    parts = parts_of(Objective(name, prototypes), model, images[:1], targets[:1])
+    parts = parts_of(Objective(name, prototypes, options=options_for(prototypes)), model, images[:1], targets[:1])
     assert_close(parts.cam.item(), expected, **EXACT)
 
 
@@ -283,12 +332,12 @@ def test_batch_of_one_class_only(name: str) -> None:
     model, (images, _, prototypes) = TinyNet().double(), sample_batch()
     targets = torch.full((7,), 3)
     expected = oracles.cam_part(name, model, images, targets, prototypes, masks=sample_masks())
-    parts = parts_of(Objective(name, prototypes), model, images, targets)
+    parts = parts_of(Objective(name, prototypes, options=options_for(prototypes)), model, images, targets)
     assert_close(parts.cam.item(), expected, **EXACT)
 
 
 @pytest.mark.parametrize("resize", ["cam", "prototypes"])
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "rrr"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("pdl", "rrr")])
 @pytest.mark.parametrize("kind", ["dead", "constant", "one by one"])
 def test_constant_maps_leave_values_and_gradients_finite(name: str, kind: str, resize: str) -> None:
     size = 1 if kind == "one by one" else 4
@@ -412,9 +461,10 @@ def test_gradient_of_the_right_reasons_loss(kind: str) -> None:
     assert gradient_is_right(kind, lambda logits, images: loss(logits, images, TARGETS, images, masks=masks))
 
 
-def test_gradient_of_the_right_reasons_loss_goes_through_the_backbone() -> None:
+@pytest.mark.parametrize("name", ["rrr", "pdl"])
+def test_gradient_of_losses_on_input_gradients_goes_through_the_backbone(name: str) -> None:
     model, (images, targets, prototypes) = TinyNet(head="pool").double(), sample_batch(3)
-    objective = Objective("rrr", prototypes, class_weight=0, weight=1)
+    objective = Objective(name, prototypes, class_weight=0, weight=1, options=options_for(prototypes))
     names = ["backbone.0.weight", "backbone.2.bias", "fc1.weight"]
     weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
 
@@ -470,7 +520,8 @@ def test_loss_without_gradients_carries_no_graph() -> None:
     model, (images, targets, prototypes) = TinyNet().double(), sample_batch()
     logits, features = model(images.requires_grad_())
     for name in OBJECTIVES:
-        objective = partial(Objective(name, prototypes), logits, features, targets, images, masks=sample_masks())
+        objective = Objective(name, prototypes, options=options_for(prototypes))
+        objective = partial(objective, logits, features, targets, images, masks=sample_masks())
         with torch.no_grad():
             parts = objective()
         assert not parts.total.requires_grad
@@ -484,7 +535,7 @@ def test_loss_without_gradients_carries_no_graph() -> None:
 def test_under_autocast_parts_are_float32_and_train(name: str, device: torch.device) -> None:
     model, (images, targets, prototypes) = TinyNet().to(device), sample_batch()
     images, targets = images.float().to(device), targets.to(device)
-    objective = Objective(name, prototypes.float()).to(device)
+    objective = Objective(name, prototypes.float(), options=options_for(prototypes.cpu())).to(device)
     expected = parts_of(objective, model, images, targets)
     with torch.autocast(device.type, torch.bfloat16):
         parts = parts_of(objective, model, images, targets)
@@ -505,7 +556,7 @@ def test_parts_are_float32_or_better(
 ) -> None:
     images, targets, prototypes = (tensor.to(device) for tensor in sample_batch())
     model = TinyNet().to(device, given_dtype)
-    objective = Objective(name, prototypes.float()).to(device)
+    objective = Objective(name, prototypes.float(), options=options_for(prototypes.cpu())).to(device)
     parts = parts_of(objective, model, images.to(given_dtype), targets)
     assert {part.dtype for part in parts} == {expected}
     parts.total.backward()
@@ -550,6 +601,16 @@ PROTOTYPES = torch.rand(5, 4, 4)
             "classes .* 0, 1, 2, 3, 4 are below the support 0.05 everywhere",
         ),
         (lambda: PrototypeSupportLoss(PROTOTYPES, 1e-9), "below the support 1e-09 everywhere or nowhere"),
+        (lambda: PrototypeDepartureLoss(PROTOTYPES, PROTOTYPES[:4]), r"must have one shape, got \(5, 4, 4\) and \(4"),
+        (
+            lambda: PrototypeDepartureLoss(PROTOTYPES, 0.2 + 0.3 * PROTOTYPES),
+            r"the training images depart from the prototypes by .* to .*, nowhere by more than --departure 0.08: name",
+        ),
+        (lambda: PrototypeDepartureLoss(PROTOTYPES, oracles.sample_means(PROTOTYPES), 1e-9), "everywhere by more than"),
+        (
+            lambda: Objective("pdl", PROTOTYPES),
+            "pdl compares the prototypes with .* give the options their class_means",
+        ),
         (lambda: Objective("bcpl", PROTOTYPES), "unknown objective 'bcpl'; did you mean bcpl_l"),
         (lambda: Objective("pl_l1", PROTOTYPES, weight=-1), "weights of the losses must not be negative, got -1"),
         (lambda: Objective("pl_l1", PROTOTYPES, class_weight=-2), "must not be negative, got 0.1 and -2"),
@@ -568,10 +629,14 @@ LOSSES = {
     "PrototypeSupportLoss": PrototypeSupportLoss(PROTOTYPES, 0.5),
     "MaskedGradCAMLoss": partial(MaskedGradCAMLoss(), masks=torch.ones(3, 10, 10)),
 }
-RIGHT_REASONS = partial(RightReasonsLoss(), masks=torch.ones(3, 10, 10))
+OF_INPUT_GRADIENTS = {
+    "RightReasonsLoss": partial(RightReasonsLoss(), masks=torch.ones(3, 10, 10)),
+    "PrototypeDepartureLoss": PrototypeDepartureLoss(PROTOTYPES, oracles.sample_means(PROTOTYPES).float()),
+}
+ALL_LOSSES = LOSSES | OF_INPUT_GRADIENTS
 
 
-@pytest.mark.parametrize("loss", [*LOSSES.values(), RIGHT_REASONS], ids=[*LOSSES, "RightReasonsLoss"])
+@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -589,7 +654,7 @@ def test_bad_targets_are_named(
         loss(*TinyNet()(images), targets, images)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES.values(), RIGHT_REASONS], ids=[*LOSSES, "RightReasonsLoss"])
+@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
 @pytest.mark.parametrize(
     ("logits", "features", "message"),
     [
@@ -615,12 +680,13 @@ def test_missing_graph_is_named(loss: Callable[[Tensor, Tensor, Tensor, Tensor],
         loss(logits.detach(), features.detach(), targets, images)
 
 
-def test_input_gradients_without_a_graph_from_the_images_are_named() -> None:
+@pytest.mark.parametrize("loss", OF_INPUT_GRADIENTS.values(), ids=OF_INPUT_GRADIENTS)
+def test_input_gradients_without_a_graph_from_the_images_are_named(loss: Callable[..., Tensor]) -> None:
     images, targets = torch.rand(3, 1, 10, 10), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match="logits and images carry no autograd graph"):
-        RIGHT_REASONS(*TinyNet()(images), targets, images)
+        loss(*TinyNet()(images), targets, images)
     with pytest.raises(ValueError, match="images are not in the autograd graph of the logits"):
-        RIGHT_REASONS(*TinyNet()(images), targets, images.requires_grad_())
+        loss(*TinyNet()(images), targets, images.requires_grad_())
 
 
 @pytest.mark.parametrize("name", ["rrr", "rrr_g", "bcpl_l1+rrr_g"])
@@ -639,18 +705,24 @@ def test_masks_of_a_wrong_shape_are_named(loss: RightReasonsLoss | MaskedGradCAM
 
 
 @pytest.mark.parametrize(
-    "loss", [PrototypeLoss(PROTOTYPES), BatchCAMLoss(PROTOTYPES), PrototypeSupportLoss(PROTOTYPES, 0.5)]
+    "loss",
+    [
+        *(PrototypeLoss(PROTOTYPES), BatchCAMLoss(PROTOTYPES), PrototypeSupportLoss(PROTOTYPES, 0.5)),
+        OF_INPUT_GRADIENTS["PrototypeDepartureLoss"],
+    ],
 )
-def test_prototypes_of_another_number_of_classes_are_named(
-    loss: PrototypeLoss | BatchCAMLoss | PrototypeSupportLoss,
-) -> None:
+def test_prototypes_of_another_number_of_classes_are_named(loss: Callable[..., Tensor]) -> None:
     images = torch.rand(3, 1, 10, 10)
     with pytest.raises(ValueError, match=r"5 prototypes .* for logits of 6 classes"):
-        loss(*TinyNet(num_classes=6)(images), torch.tensor([0, 1, 2]))
+        loss(*TinyNet(num_classes=6)(images), torch.tensor([0, 1, 2]), images)
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 10), (2, 1, 10, 10)], ids=str)
 def test_images_of_a_wrong_shape_are_named(shape: tuple[int, ...]) -> None:
     logits, features = TinyNet()(torch.rand(3, 1, 10, 10))
-    with pytest.raises(ValueError, match=r"images must have shape \(3, 1 or 3, h, w\)"):
-        ContrastiveCAMLoss()(logits, features, torch.tensor([0, 1, 2]), torch.rand(shape))
+    for loss, wanted in (
+        (ContrastiveCAMLoss(), "3, 1 or 3, h, w"),
+        (OF_INPUT_GRADIENTS["PrototypeDepartureLoss"], "3, ch"),
+    ):
+        with pytest.raises(ValueError, match=rf"images must have shape \({wanted}"):
+            loss(logits, features, torch.tensor([0, 1, 2]), torch.rand(shape))

@@ -178,8 +178,13 @@ def test_resume_with_other_options_names_the_difference(
     "objective", [*(name for name in OBJECTIVES if name not in ("baseline", "bcpl_l1")), "bcpl_l1+10psl"]
 )
 def test_every_objective_trains(objective: str, tmp_path: Path) -> None:
-    """On the decoys, whose patches are the masks where an objective needs some."""
-    assert train(tmp_path / "run", "--epochs", "1", "--dataset", "decoy_digits", "--objective", objective) == 0
+    """On the decoys, whose patches are the masks where an objective needs some, and depart from clean prototypes."""
+    options = ["--epochs", "1", "--dataset", "decoy_digits", "--objective", objective]
+    if objective == "pdl":
+        clean = ["--dataset", "digits", "--image-size", "16", "--out", str(tmp_path / "clean")]
+        assert run(["prototypes", *clean]) == 0
+        options += ["--prototypes", str(tmp_path / "clean")]
+    assert train(tmp_path / "run", *options) == 0
     losses = [line["loss_cam"] for line in lines_of(tmp_path / "run", "train")]
     assert all(loss > 0 for loss in losses)
     assert summary_of(tmp_path / "run")["objective"] == objective
@@ -325,12 +330,14 @@ def test_ten_clean_prototypes_keep_a_model_from_the_decoy(tmp_path: Path) -> Non
     assert run(["prototypes", "--dataset", "digits", "--image-size", "28", "--out", str(prototypes)]) == 0
     options = ["--dataset", "decoy_digits", "--image-size", "28", "--epochs", "8"]
     assert train(tmp_path / "baseline", *options, "--objective", "baseline") == 0
-    psl = ["--objective", "psl", "--weight", "1", "--prototypes", str(prototypes)]
-    assert train(tmp_path / "psl", *options, *psl) == 0
-    misled, right = (summary_of(tmp_path / name)["test_accuracy"] for name in ("baseline", "psl"))
+    for objective, weight in (("psl", "1"), ("pdl", "3")):
+        ours = ["--objective", objective, "--weight", weight, "--prototypes", str(prototypes)]
+        assert train(tmp_path / objective, *options, *ours) == 0
+    misled, right, also_right = (summary_of(tmp_path / name)["test_accuracy"] for name in ("baseline", "psl", "pdl"))
     assert lines_of(tmp_path / "baseline", "valid")[-1]["accuracy"] > 95
     assert misled < 93
     assert right > 96
+    assert also_right > 96
 
 
 def test_debug_mode_ends_with_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

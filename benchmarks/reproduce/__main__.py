@@ -75,18 +75,23 @@ def run_tables(workshop: Workshop, models: Sequence[str]) -> None:
 
 
 def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
-    """λ for each objective, then five seeds of what the rules chose, then other prototypes, then clean data."""
+    """λ for each objective, five seeds of what the rules chose, other prototypes, clean data."""
     prototypes = workshop.storage / "prototypes"
     make_prototypes(prototypes, data_root)
     run_stage(workshop, "decoy_weights", stages.decoy_weights_space(prototypes), prototypes=CLEAN)
     by_rule = decoy_weights(read_runs(RESULTS, "decoy_weights"))
     chosen = list(dict.fromkeys(chain(*by_rule.values())))
-    run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, chosen), prototypes=CLEAN)
-    ours = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.OURS]
-    for kind in (TEN, SKETCHES, DECOYED):
+    headline = [choice for choice in chosen if choice.objective in stages.HEADLINE]
+    run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, headline), prototypes=CLEAN)
+    departure = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.DEPARTURE]
+    support = [choice for choice in by_rule["wrong-reason score"] if choice.objective == stages.SUPPORT]
+    # The departure needs prototypes that are averages as the data's are, and there is none from their own.
+    for kind, ours in ((TEN, [*departure, *support]), (SKETCHES, support), (DECOYED, support)):
         space = stages.decoy_prototypes_space(prototypes, kind, ours)
         run_stage(workshop, f"decoy_{kind}", space, prototypes=kind)
-    run_stage(workshop, "decoy_clean", stages.clean_space([*ours, *(Chosen(name, "baseline", 0) for name in PLAIN)]))
+    others = [choice for choice in chosen if choice.objective not in stages.HEADLINE]
+    run_stage(workshop, "decoy_other_seeds", stages.decoy_seeds_space(prototypes, others), prototypes=CLEAN)
+    run_stage(workshop, "decoy_clean", stages.clean_space([*support, *(Chosen(name, "baseline", 0) for name in PLAIN)]))
 
 
 def explain_first_seed(workshop: Workshop, name: str) -> None:

@@ -225,7 +225,7 @@ def _decoys(results: Path) -> list[str]:
             "## Right for the right reasons\n\nThe decoy benchmark was " + NOT_RUN + " yet.",
             *_exploration(results),
         ]
-    runs = [*along, *read_runs(results, "decoy_seeds")]
+    runs = [run for stage in ("weights", "seeds", "other_seeds") for run in read_runs(results, f"decoy_{stage}")]
     parts = ["## Right for the right reasons\n" + _DECOYS]
     parts.append("### λ, one seed\n\n" + _decoy_table(along, by_weight=True))
     for rule, chosen in decoy_weights(along).items():
@@ -370,7 +370,7 @@ def _goals(along: Sequence[Run], runs: Sequence[Run], others: Sequence[Run]) -> 
             *(_judged(GOALS[dataset], found.get((dataset, objective))) for found in accuracies.values()),
         ]
         for dataset, objective in sorted({key for found in accuracies.values() for key in found})
-        if "psl" in objective or objective == "rrr"
+        if "psl" in objective or objective in ("pdl", "rrr")
     ]
     tens = [
         f"* {dataset}, ten images a class, `{objective}`: "

@@ -69,7 +69,7 @@ def test_step_time_times_every_objective_against_the_plain_step(
     check(document)
     (table,) = document["tables"]
     assert [row["name"] for row in table["rows"]] == ["plain", *step_time.USUAL_OBJECTIVES]
-    assert set(OBJECTIVES) - set(step_time.USUAL_OBJECTIVES) == {"rrr"}
+    assert set(OBJECTIVES) - set(step_time.USUAL_OBJECTIVES) == {"pdl", "rrr"}
     printed = capsys.readouterr().out
     assert "bcpl_l1" in printed
     assert "not measured" in printed
@@ -79,10 +79,10 @@ def test_step_time_times_every_objective_against_the_plain_step(
 def test_step_time_takes_sums_and_what_differentiates_the_whole_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--models", "simple_cnn", "--objectives", "rrr", "bcpl_l1+10psl+rrr_g"]
+    options = ["--models", "simple_cnn", "--objectives", "rrr", "pdl", "bcpl_l1+10psl+rrr_g"]
     document = run(step_time.main, tmp_path / "steps.json", *options)
     check(document)
-    assert [row["name"] for row in document["tables"][0]["rows"]] == ["plain", "rrr", "bcpl_l1+10psl+rrr_g"]
+    assert [row["name"] for row in document["tables"][0]["rows"]] == ["plain", "rrr", "pdl", "bcpl_l1+10psl+rrr_g"]
     for flags, message in (
         ([*options, "--compile", "yes"], "rrr differentiates the network twice: leave --compile out"),
         (["--models", "simple_cnn", "--objectives", "pls"], "unknown objective 'pls'; did you mean psl"),

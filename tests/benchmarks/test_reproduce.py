@@ -98,10 +98,10 @@ def test_decoys_have_ten_prototypes_where_the_objective_looks_at_any(tmp_path: P
         plain = str(trial.options["dataset"]).removeprefix("decoy_")
         assert trial.options["prototypes"] == str(tmp_path / f"{plain}-clean")
     supports = {(t.options["dataset"], t.options["objective"]): t.options.get("support") for t in trials}
-    assert supports["decoy_mnist", stages.OURS] == 0.01
+    assert supports["decoy_mnist", stages.SUPPORT] == 0.01
     assert supports["decoy_fashion_mnist", "psl_margin"] == 0.1
     assert supports["decoy_mnist", "psl"] is None
-    chosen = [Chosen("decoy_mnist", stages.OURS, 0.1)]
+    chosen = [Chosen("decoy_mnist", stages.SUPPORT, 0.1)]
     seeds = stages.decoy_seeds_space(tmp_path, chosen).trials()
     assert [trial.options["seed"] for trial in seeds] == [1, 2, 3, 4]
     decoyed = stages.decoy_prototypes_space(tmp_path, stages.DECOYED, chosen).trials()
