@@ -81,7 +81,7 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     run_stage(workshop, "decoy_weights", stages.decoy_weights_space(prototypes), prototypes=CLEAN)
     by_rule = decoy_weights(read_runs(RESULTS, "decoy_weights"))
     chosen = list(dict.fromkeys(chain(*by_rule.values())))
-    headline = [choice for choice in chosen if choice.objective in stages.HEADLINE]
+    headline = [choice for choice in by_rule["biased accuracy"] if choice.objective in stages.HEADLINE]
     run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, headline), prototypes=CLEAN)
     departure = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.DEPARTURE]
     support = [choice for choice in by_rule["wrong-reason score"] if choice.objective == stages.SUPPORT]
@@ -89,7 +89,7 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     for kind, ours in ((TEN, [*departure, *support]), (SKETCHES, support), (DECOYED, support)):
         space = stages.decoy_prototypes_space(prototypes, kind, ours)
         run_stage(workshop, f"decoy_{kind}", space, prototypes=kind)
-    others = [choice for choice in chosen if choice.objective not in stages.HEADLINE]
+    others = [choice for choice in chosen if choice not in headline]
     run_stage(workshop, "decoy_other_seeds", stages.decoy_seeds_space(prototypes, others), prototypes=CLEAN)
     run_stage(workshop, "decoy_clean", stages.clean_space([*support, *(Chosen(name, "baseline", 0) for name in PLAIN)]))
 
