@@ -169,7 +169,7 @@ def count_by_class(targets: Tensor, num_classes: int) -> Tensor:
 
 def sum_by_class(values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """Σ_{i: y_i = c} of `values` (N, …): (C, …)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not values.requires_grad:
         return values.new_zeros(num_classes, *values.shape[1:]).index_add(0, targets, values)
     sums: Tensor = _SumByClass.apply(values, targets, num_classes)
     return sums

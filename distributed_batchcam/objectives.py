@@ -448,8 +448,9 @@ class Objective(nn.Module):
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         entropy = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=self.label_smoothing)
         classification = mean_of_sum(entropy, len(targets), batch_size)
+        weighted = classification if self.class_weight == 1 else self.class_weight * classification
         if not self.losses:
-            return LossParts(self.class_weight * classification, classification, torch.zeros_like(classification))
+            return LossParts(weighted, classification, torch.zeros_like(classification))
         values = []
         for factor, loss in zip(self.factors, self.losses, strict=True):
             further = {}
@@ -460,5 +461,5 @@ class Objective(nn.Module):
             value = loss(logits, features, targets, images, alpha=alpha, batch_size=batch_size, **further)
             values.append(value if factor == 1 else factor * value)
         cam = values[0] if len(values) == 1 else torch.stack(values).sum()
-        total = torch.add(self.class_weight * classification, cam, alpha=self.weight)
+        total = torch.add(weighted, cam, alpha=self.weight)
         return LossParts(total, classification, cam)
