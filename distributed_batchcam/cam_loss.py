@@ -1,6 +1,6 @@
 """What every loss on explanations has in common: how the trainer calls it, and what it asks for."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class CAMLoss(nn.Module):
@@ -21,6 +21,11 @@ class CAMLoss(nn.Module):
     def note(self) -> str:
         """What the user should know of it before training begins; a line, or nothing."""
         return ""
+
+    @property
+    def pictures(self) -> dict[str, Tensor]:
+        """Pictures (h, w) in [0, 1] that go with the note, by name; a run directory holds them as NAME.png."""
+        return {}
 
     def compile_maps(self) -> None:
         """Compile what is differentiated once only; a loss that says nothing else has nothing worth compiling."""

@@ -1,10 +1,14 @@
 """What a finished run leaves in its directory: figures, weights, the evaluation of the test set, a report."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .checkpoint import save_model, save_prototypes, write_atomic
@@ -95,6 +99,14 @@ def write_identity(run_dir: RunDirectory, config: RunConfig, prototypes: dict[st
     """What is needed beside weights to use them."""
     run_dir.write_config(config)
     save_prototypes(run_dir.path / "prototypes.safetensors", prototypes)
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, Tensor]) -> None:
+    """Write (h, w) in [0, 1] as NAME.png, in shades of gray."""
+    for name, picture in pictures.items():
+        buffer = BytesIO()
+        Image.fromarray(picture.mul(255).round().to(torch.uint8).cpu().numpy()).save(buffer, "png")
+        write_atomic(folder / f"{name}.png", buffer.getvalue())
 
 
 def model_metadata(config: RunConfig, data: Data) -> dict[str, Any]:

@@ -165,6 +165,11 @@ class PrototypeDepartureLoss(CAMLoss):
             f"by {self.departure.max():.2f} at most"
         )
 
+    @property
+    def pictures(self) -> dict[str, Tensor]:
+        """The departure, white where it is largest."""
+        return {"departure": self.departure / self.departure.max()}
+
     def forward(
         self,
         logits: Tensor,

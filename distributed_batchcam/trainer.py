@@ -29,7 +29,7 @@ from .meter import Meter
 from .models import CAMModel, count_gflops, count_parameters, create_model
 from .objectives import CAMLossOptions, LossParts, Objective
 from .optim import make_ema, make_optimizer, make_scheduler
-from .results import Results, model_metadata, write_identity
+from .results import Results, model_metadata, write_identity, write_pictures
 from .run_data import facts_of, load_run_data, run_masks, run_prototypes
 from .run_directory import RunDirectory
 from .runtime import (
@@ -237,6 +237,8 @@ class Trainer:
         path, config = self.run_dir.path, self._resolved_config()
         try:
             write_identity(self.run_dir, config, self.prototypes)
+            for loss in self.objective.losses:
+                write_pictures(path, loss.pictures)
             self.metrics = MetricsFile(path / "metrics.jsonl", metrics)
         except OSError as error:
             raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
@@ -244,7 +246,8 @@ class Trainer:
         print(self._headline(), flush=True)
         for loss in self.objective.losses:
             if loss.note:
-                print(f"batchcam: {loss.note}", flush=True)
+                files = "".join(f"; {path / name}.png shows where" for name in loss.pictures)
+                print(f"batchcam: {loss.note}{files}", flush=True)
 
     def close(self) -> None:
         """End what runs beside the training, and let others into the run directory."""

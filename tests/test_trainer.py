@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launching import SMALL
+from PIL import Image
 from safetensors.torch import load_file
 
 from distributed_batchcam import create_model
@@ -322,6 +324,23 @@ def test_accumulated_input_gradients_follow_the_whole_batch(tmp_path: Path) -> N
 def test_a_transformer_with_fused_attention_trains_on_input_gradients(tmp_path: Path) -> None:
     options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch-size", "512", "--epochs", "1"]
     assert train(tmp_path / "run", "--dataset", "decoy_digits", "--objective", "rrr", *options) == 0
+
+
+def test_a_run_shows_where_its_images_depart_from_the_prototypes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prototypes, out = tmp_path / "prototypes", tmp_path / "run"
+    assert run(["prototypes", "--dataset", "digits", "--image-size", "16", "--out", str(prototypes)]) == 0
+    options = ["--dataset", "decoy_digits", "--objective", "pdl", "--prototypes", str(prototypes), "--epochs", "1"]
+    assert train(out, *options) == 0
+    said = capsys.readouterr().out
+    assert "the training images depart from the prototypes in " in said
+    assert f"at most; {out / 'departure'}.png shows where" in said
+    shown = np.asarray(Image.open(out / "departure.png")).astype(float)
+    assert shown.shape == (16, 16)
+    assert shown.max() == 255
+    assert min(shown[0, 0], shown[0, -1], shown[-1, 0], shown[-1, -1]) > 150
+    assert shown[4:12, 4:12].max() < 50
 
 
 def test_ten_clean_prototypes_keep_a_model_from_the_decoy(tmp_path: Path) -> None:
