@@ -35,16 +35,19 @@ class Workshop:
     """Further options of `batchcam sweep`: --address, --gpus-per-worker, --data-root."""
 
     def run(self, name: str, space: Space) -> None:
-        """Run what is left of a stage.
+        """Run what is left of a stage; one that has come to more trials since it was begun keeps those it has.
 
         Raises:
-            InputError: the stage was begun with another space, or trials of it failed.
+            InputError: the stage was begun with trials that are none of it now, or trials of it failed.
         """
         folder = self.storage / name
         trials = space.trials()
         record = SweepRecord.load(Storage.at(str(folder))) if folder.is_dir() else None
         if record is not None and record.space != space:
-            raise InputError(f"{folder} was begun with other trials: move it away, or name another --storage")
+            if not record.trials.keys() <= {trial.id for trial in trials}:
+                raise InputError(f"{folder} was begun with other trials: move it away, or name another --storage")
+            record.space = space
+            record.save(Storage.at(str(folder)))
         done = 0 if record is None else record.count("finished")
         print(f"batchcam: stage {name}: {done} of {len(trials)} runs are there", flush=True)
         if done == len(trials):

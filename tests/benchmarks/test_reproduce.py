@@ -23,7 +23,9 @@ from distributed_batchcam.data import DATASETS, load_data, load_prototypes
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.models import PAPER_MODELS
 from distributed_batchcam.report.paper import paper_table
+from tune.record import SweepRecord
 from tune.space import Space
+from tune.storage import Storage
 
 Run = dict[str, Any]
 
@@ -135,6 +137,13 @@ def test_a_stage_is_begun_once_then_resumed_and_left_alone_when_done(
     assert len(calls) == 2
     with pytest.raises(InputError, match="was begun with other trials"):
         workshop.run("stage", space.with_fixed({"epochs": 7}))
+    assert len(calls) == 2
+    more = Space(fixed={"dataset": "digits"}, grid={"seed": [0, 1, 2]})
+    workshop.run("stage", more)
+    assert calls[2:] == [["sweep", "--resume", "--storage", folder, "--data-root", "somewhere"]]
+    grown = SweepRecord.load(Storage.at(folder))
+    assert grown is not None
+    assert (grown.space, grown.count("finished")) == (more, 2)
     monkeypatch.setattr(cli, "run", lambda arguments: 1)
     _record(tmp_path / "stage", space, done=1)
     with pytest.raises(InputError, match="runs of stage stage failed"):
@@ -142,9 +151,6 @@ def test_a_stage_is_begun_once_then_resumed_and_left_alone_when_done(
 
 
 def _record(folder: Path, space: Space, done: int) -> None:
-    from tune.record import SweepRecord
-    from tune.storage import Storage
-
     record = SweepRecord("id", space, {})
     for number, trial in enumerate(space.trials()):
         entry = record.add(trial)
