@@ -103,9 +103,9 @@ class RunConfig(BaseModel):
     """*_ssim: exponents α β γ of luminance, contrast and structure."""
     support: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """psl, psl_margin: value of a prototype below which nothing in its class's images may count."""
-    departure: Annotated[float, Field(gt=0, lt=1)] = 0.08
-    """pdl: how far the training images must depart from the prototypes, on the average of all classes, for a pixel not
-    to be judged by."""
+    departure: PositiveFloat = 0.36
+    """pdl: by how many standard deviations the training images must depart from the prototypes, over all classes, for a
+    place (with its surroundings above half of it) not to be judged by."""
     masks: Path | None = None
     """rrr, rrr_g: folder of masks, one per class or training image, bright where an image must not be judged by;
     default: the patch of a decoy data set."""

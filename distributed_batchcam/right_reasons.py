@@ -22,7 +22,7 @@ from .errors import InputError
 Evidence = Literal["log_probabilities", "margin"]
 
 SUPPORT = 0.05  # value of a prototype (0 to 1) from which on a pixel belongs to its class's support
-DEPARTURE = 0.08  # of the mean training images from the prototypes, above which a pixel is one of the departure's
+DEPARTURE = 0.36  # of the mean training images from the prototypes, in standard deviations, for a cue to be there
 _FITTING_ROUNDS, _NEAR = 10, 1e-3  # of the reweighting; a deviation below which all weigh the same
 
 
@@ -105,8 +105,10 @@ class PrototypeDepartureLoss(CAMLoss):
     """PDL: where the training images, all in all, are not what the prototypes say, the difference must not matter.
 
     PDL = 1/N Σ_i Σ_{(u,v) in D} ((x_i - E[y_i]) ⊙ ∂/∂x_i Σ_c log p_ic)²_uv, summed over channels, x in [0, 1], with
-    E_c = a_c·P_c + b_c the fit of prototype c to the mean training image M_c of its class (least absolute deviations),
-    and D = {(u,v): |1/C Σ_c (M_c - E_c)_uv| > t} the departure: what is too bright or too dark in the data as a whole.
+    E_c = a_c·P_c + b_c the fit of prototype c to the mean training image M_c of its class (least absolute deviations)
+    and D where δ = |Σ_c (M_c - E_c)| / √(C·Σ_c Q_c·(1 - Q_c)) is above t, with all around it that is above t/2: what is
+    too bright or too dark in the data as a whole. Q_c = (M_c + E_c)/2: δ is the standardised difference of two means,
+    for values in [0, 1] of the largest variance that they can have.
 
     The right-reasons term of Ross, Hughes, Doshi-Velez (2017, eq. 2) with one region for all images, found from C
     prototypes instead of a mask for every image, and weighted with what the prototype does not account for. The mean
@@ -116,11 +118,11 @@ class PrototypeDepartureLoss(CAMLoss):
     Args:
         prototypes: (C, h, w) in [0, 1], of images known to be without the cue.
         means: (C, h, w), the mean training image of each class, as the images are (not min-max scaled).
-        threshold: t, in units of the images.
+        threshold: t, in standard deviations.
         validate: check target values in every call.
 
     Called with `(logits (N, C), features, targets (N,), images (N, ch, h, w))`: logits computed from images that
-    require a gradient, to whose size E and the departure are resized. The second-order gradient goes through the whole
+    require a gradient, to whose size E and D are resized. The second-order gradient goes through the whole
     network, as that of `RightReasonsLoss`. Returns an unweighted scalar, scaled such that DDP's average over ranks is
     the mean over the global batch.
 
@@ -131,7 +133,7 @@ class PrototypeDepartureLoss(CAMLoss):
 
     differentiates_images = True
     expected: Tensor
-    departure: Tensor
+    departs: Tensor
 
     def __init__(
         self, prototypes: Tensor, means: Tensor, threshold: float = DEPARTURE, *, validate: bool = True
@@ -143,26 +145,26 @@ class PrototypeDepartureLoss(CAMLoss):
                 f"prototypes and means must have one shape, got {tuple(prototypes.shape)} and {tuple(means.shape)}"
             )
         expected = _fitted(prototypes.detach(), means.detach().to(prototypes))
-        departure = (means.to(expected) - expected).mean(0).abs()
-        departs = departure > threshold
+        departure = _standardised_difference(means.to(expected), expected.clamp(0, 1))
+        departs = _spread(departure > threshold, departure > threshold / 2)
         if not departs.any() or departs.all():
             raise InputError(
-                f"the training images depart from the prototypes by {departure.min():.3f} to {departure.max():.3f}, "
+                f"the training images depart from the prototypes by {departure.max():.2f} standard deviations at most, "
                 f"{'everywhere' if departs.all() else 'nowhere'} by more than --departure {threshold:g}: name another, "
                 "or prototypes of images that are known to be without the cue (--prototypes FOLDER)"
             )
         self.register_buffer("expected", expected, persistent=False)
-        self.register_buffer("departure", departure, persistent=False)
-        self.threshold = threshold
+        self.register_buffer("departs", departs, persistent=False)
+        self.departure = departure
         self.validate = validate
 
     @property
     def note(self) -> str:
         """How much of the image departs."""
-        departs = self.departure > self.threshold
         return (
-            f"the training images depart from the prototypes in {int(departs.sum())} of {departs.numel()} pixels, "
-            f"by {self.departure.max():.2f} at most"
+            "the training images depart from the prototypes in "
+            f"{int(self.departs.sum())} of {self.departs.numel()} pixels, by {self.departure.max():.2f} standard "
+            "deviations at most"
         )
 
     @property
@@ -191,7 +193,7 @@ class PrototypeDepartureLoss(CAMLoss):
             gradient = _gradient_of_log_probabilities(logits, images, "images")
             size = (images.shape[2], images.shape[3])
             expected = resize_maps(self.expected, size)[targets.long()].to(gradient.dtype)
-            departs = resize_maps(self.departure[None], size) > self.threshold
+            departs = resize_maps(self.departs[None].to(gradient.dtype), size) > 0.5
             unexpected = (images.detach() - expected[:, None]) * departs
             losses = (gradient * unexpected).square().sum((1, 2, 3))
         return global_mean(losses, batch_size)
@@ -211,6 +213,21 @@ def _fitted(prototypes: Tensor, means: Tensor) -> Tensor:
         fitted = level + (weights * centred * (means - level)).sum((1, 2), keepdim=True) / variation * centred
         weights = 1 / (means - fitted).abs().clamp(min=_NEAR)
     return fitted
+
+
+def _standardised_difference(means: Tensor, expected: Tensor) -> Tensor:
+    """δ (h, w) of two (C, h, w) in [0, 1]."""
+    middle = (means + expected) / 2
+    return (means - expected).mean(0).abs() / (middle * (1 - middle)).mean(0).sqrt().clamp(min=_NEAR)
+
+
+def _spread(seeds: Tensor, ground: Tensor) -> Tensor:
+    """Pixels (h, w) of `ground` that hang together with `seeds`, by sides or corners."""
+    while True:
+        grown = (F.max_pool2d(seeds[None].float(), 3, stride=1, padding=1)[0] > 0) & ground
+        if torch.equal(grown, seeds):
+            return seeds
+        seeds = grown
 
 
 class _MaskedLoss(CAMLoss):

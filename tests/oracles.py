@@ -77,7 +77,7 @@ def sample_means(prototypes: Tensor, seed: int = 3) -> Tensor:
     """(C, h, w): mean images that lie about the prototypes, darker, but for a bright corner."""
     generator = torch.Generator().manual_seed(seed)
     means = 0.2 + 0.5 * prototypes + 0.1 * torch.rand(prototypes.shape, dtype=torch.float64, generator=generator)
-    means[..., -2:, -2:] += 0.3
+    means[..., :2, :3] += 0.3
     return means
 
 
@@ -259,7 +259,7 @@ def cam_part(
     margin: float = 1.0,
     masks: Tensor | None = None,
     support: float = 0.05,
-    departure: float = 0.08,
+    departure: float = 0.36,
 ) -> float:
     """The unweighted loss on the explanations, of any of the objectives (eq. 1, 10, 11)."""
     right_reasons = {
@@ -336,11 +336,11 @@ def margin_gradient(model: TinyNet, image: Tensor, y: int) -> Tensor:
 
 
 def prototype_departure(
-    model: TinyNet, images: Tensor, targets: Tensor, prototypes: Tensor, means: Tensor, threshold: float = 0.08
+    model: TinyNet, images: Tensor, targets: Tensor, prototypes: Tensor, means: Tensor, threshold: float = 0.36
 ) -> float:
     """PDL, image by image and pixel by pixel; the fit from weighted normal equations."""
     size = tuple(images.shape[2:])
-    fitted, departure = [], torch.zeros(prototypes.shape[1:], dtype=torch.float64)
+    fitted = []
     for prototype, mean in zip(prototypes, means, strict=True):
         columns = torch.stack([prototype.flatten(), torch.ones(prototype.numel(), dtype=torch.float64)], 1)
         weights = torch.ones(prototype.numel(), dtype=torch.float64)
@@ -350,8 +350,7 @@ def prototype_departure(
             deviations = (mean - slope * prototype - offset).flatten().tolist()
             weights = torch.tensor([1 / max(abs(d), 1e-3) for d in deviations], dtype=torch.float64)
         fitted.append(slope * prototype + offset)
-        departure += (mean - fitted[-1]) / len(prototypes)
-    departs = (resize(departure.abs(), size) > threshold).tolist()
+    departs = (resize(departing(means, torch.stack(fitted), threshold), size) > 0.5).tolist()
     total = 0.0
     for image, y in zip(images, targets.tolist(), strict=True):
         expected = resize(fitted[y], size).tolist()
@@ -362,6 +361,28 @@ def prototype_departure(
                     if departs[u][v]:
                         total += ((channel[u][v] - expected[u][v]) * slopes[u][v]) ** 2
     return total / len(images)
+
+
+def departing(means: Tensor, fitted: Tensor, threshold: float) -> Tensor:
+    """1 where means (C, h, w) differ from what was fitted, in standard deviations, and around it; else 0."""
+    height, width = means.shape[1:]
+    delta = [[0.0] * width for _ in range(height)]
+    for u in range(height):
+        for v in range(width):
+            pairs = [
+                (m, min(max(e, 0.0), 1.0))
+                for m, e in zip(means[:, u, v].tolist(), fitted[:, u, v].tolist(), strict=True)
+            ]
+            variance = sum((m + e) / 2 * (1 - (m + e) / 2) for m, e in pairs) / len(pairs)
+            delta[u][v] = abs(sum(m - e for m, e in pairs) / len(pairs)) / max(math.sqrt(variance), 1e-3)
+    found = torch.zeros(height, width, dtype=torch.float64)
+    waiting = [(u, v) for u in range(height) for v in range(width) if delta[u][v] > threshold]
+    while waiting:
+        u, v = waiting.pop()
+        if 0 <= u < height and 0 <= v < width and not found[u, v] and delta[u][v] > threshold / 2:
+            found[u, v] = 1
+            waiting += [(u + down, v + right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return found
 
 
 def input_gradients_inside(model: TinyNet, images: Tensor, masks: Tensor) -> float:

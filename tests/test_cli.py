@@ -243,8 +243,8 @@ def test_prototypes_that_training_images_do_not_depart_from_are_refused_for_pdl(
 ) -> None:
     assert run(["train", *SMALL, "--objective", "pdl", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.strip()
-    assert "depart from the prototypes by 0.000 to 0.000" in said
-    assert "nowhere by more than --departure 0.08: name another, or prototypes of images that are known" in said
+    assert "depart from the prototypes by 0.00 standard deviations at most" in said
+    assert "nowhere by more than --departure 0.36: name another, or prototypes of images that are known" in said
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
 

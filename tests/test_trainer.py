@@ -335,7 +335,7 @@ def test_a_run_shows_where_its_images_depart_from_the_prototypes(
     assert train(out, *options) == 0
     said = capsys.readouterr().out
     assert "the training images depart from the prototypes in " in said
-    assert f"at most; {out / 'departure'}.png shows where" in said
+    assert f"standard deviations at most; {out / 'departure'}.png shows where" in said
     shown = np.asarray(Image.open(out / "departure.png")).astype(float)
     assert shown.shape == (16, 16)
     assert shown.max() == 255
