@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _LINES = 20  # about explained images
 
+_SECONDS_TO_SAY_IT = 3
+
 _DONE, _FAULT, _BAD_INPUT, _INTERRUPTED, _TERMINATED = 0, 1, 2, 130, 143
 
 
@@ -35,7 +38,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _run(list(arguments))
     except InputError as error:
-        _say(f"batchcam: error: {error}", on_every_process=isinstance(error, OneRankError))
+        if not _say(f"batchcam: error: {error}", on_every_process=isinstance(error, OneRankError)):
+            # Launchers end all processes as soon as one has left: the one that says the line goes first.
+            time.sleep(_SECONDS_TO_SAY_IT)
         return _BAD_INPUT
     except RunFault as error:
         # By whoever is left: it may be the first of them that was lost.
@@ -400,7 +405,9 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(line: str, *, on_every_process: bool = False) -> None:
+def _say(line: str, *, on_every_process: bool = False) -> bool:
     # Otherwise once per machine.
     if on_every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print(line.replace("\n", " "), file=sys.stderr, flush=True)
+        return True
+    return False
