@@ -85,7 +85,7 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, headline), prototypes=CLEAN)
     departure = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.DEPARTURE]
     support = [choice for choice in by_rule["wrong-reason score"] if choice.objective == stages.SUPPORT]
-    # The departure needs prototypes that are averages as the data's are, and there is none from their own.
+    # Departures are from prototypes that are averages as well: all of a drawing departs, and of the data's own nothing.
     for kind, ours in ((TEN, [*departure, *support]), (SKETCHES, support), (DECOYED, support)):
         space = stages.decoy_prototypes_space(prototypes, kind, ours)
         run_stage(workshop, f"decoy_{kind}", space, prototypes=kind)

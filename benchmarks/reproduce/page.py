@@ -261,11 +261,10 @@ prototypes are not; `psl` forbids where the prototypes are dark; `bcpl_l1+30pdl`
 and `pdl` at 3. `simple_cnn`, the recipe of the tables but for six epochs, 5,000 decoyed training images held out; the
 support of the margin is 0.01 for digits and 0.1 for clothes, whose averages reach into the corners, that of `psl` is
 0.05; "decoyed test" is the accuracy that counts, "validation" is on images decoyed like the training set, which is all
-that most people have. Patch mass is the share of the predicted
-class's Grad-CAM on the patch, WR the typology's thresholded score: the share of a patch's pixels above the mean of all
-maps (percent; constant maps have none, and are counted). Published figures, under protocols that differ (networks,
-epochs, patches of one corner or several): unpenalised 52 to 79 on decoy MNIST and 58 on decoy Fashion-MNIST, with a
-mask per image 96 to 99 and 77 to 89.
+that most people have. Patch mass is the share of the predicted class's Grad-CAM on the patch, WR the typology's
+thresholded score: the share of a patch's pixels above the mean of all maps (percent; constant maps have none, and are
+counted). Published figures, under protocols that differ (networks, epochs, patches of one corner or several):
+unpenalised 52 to 79 on decoy MNIST and 58 on decoy Fashion-MNIST, with a mask per image 96 to 99 and 77 to 89.
 """
 
 _PROTOTYPES = """
