@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,16 +49,43 @@ def connected(address: str | None) -> Iterator[bool]:
         InputError: Ray is not installed, or no cluster is at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        # Ray then listens on the loopback interface alone, as it does on desktops. Read when Ray is imported.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    with _on_loopback() if address is None else nullcontext():
+        was_there = _connect(address)
+    if was_there:
+        yield True
+        return
+    try:
+        yield address is not None
+    finally:
+        import ray
+
+        ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is imported and started meanwhile listens on the loopback interface alone, as it does on desktops.
+
+    The variable does not stay: a `ray start` of this process would keep its node from joining a cluster.
+    """
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _connect(address: str | None) -> bool:
+    """Whether this process was connected before; if not, it is now."""
     try:
         import ray
     except ImportError:
         raise InputError("sweeps need Ray: pip install 'distributed-batchcam[tune]'") from None
     if ray.is_initialized():
-        yield True
-        return
+        return True
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -76,10 +103,7 @@ def connected(address: str | None) -> Iterator[bool]:
     if in_main_thread:
         # Ray ends the process at SIGTERM; whoever called has a word to say first.
         signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield address is not None
-    finally:
-        ray.shutdown()
+    return False
 
 
 def _require_listener(address: str) -> None:

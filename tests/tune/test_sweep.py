@@ -65,6 +65,11 @@ def test_it_leaves_a_leaderboard_over_seeds(smoke: Path) -> None:
     assert means == sorted(means, reverse=True)
 
 
+def test_nodes_of_other_clusters_may_start_afterwards(smoke: Path) -> None:
+    # What keeps a Ray of our own on the loopback interface would keep `ray start --address` from joining any cluster.
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
 def test_what_reads_runs_reads_trials(smoke: Path, tmp_path: Path) -> None:
     assert run(["report", str(smoke), "-o", str(tmp_path / "all.html")]) == 0
     page = (tmp_path / "all.html").read_text()
