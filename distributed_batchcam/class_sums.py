@@ -12,7 +12,8 @@ Averaging each rank's own M̄_c is not M̄_c of the global batch, hence the redu
 * `local`: this rank only.
 """
 
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,13 +26,14 @@ from .collectives import Upstream, all_reduce_sum, all_reduce_sums
 Reduction = Literal["factored", "sums", "local"]
 
 
-@runtime_checkable
-class SummedAlpha(Protocol):
+class SummedAlpha(ABC):
     """An α (see `cam.channel_weights`) that knows its sums by class in fewer operations than image by image."""
 
+    @abstractmethod
     def __call__(self, classes: Tensor) -> Tensor:
         """Classes (N,) to α (N, K)."""
 
+    @abstractmethod
     def class_sums(self, targets: Tensor) -> Tensor:
         """Targets (N,) to Σ_{i: y_i = c} α_i of each of the head's classes c, (C, K)."""
 

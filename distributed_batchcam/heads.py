@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam import Alpha, gradient_of_logits
-from .class_sums import count_by_class, sum_by_class
+from .class_sums import SummedAlpha, count_by_class, sum_by_class
 
 ForwardHead = Callable[[Tensor], Tensor]
 """Maps (N, K, H, W) to logits (N, C)."""
@@ -59,7 +59,7 @@ class MeanPooling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinearAlpha:
+class LinearAlpha(SummedAlpha):
     """α of a mean and a linear layer W: α = W[c] / (H·W)."""
 
     weight: Tensor  # W (C, K)
@@ -88,7 +88,7 @@ class PooledAlpha:
 
 
 @dataclass(frozen=True)
-class HiddenAlpha:
+class HiddenAlpha(SummedAlpha):
     """α of max-pooling, flattening, a linear layer W1, ReLU and a linear layer W2.
 
     Max-pooling hands a gradient on to one position of each window, and so keeps its sum over positions. That sum

@@ -284,8 +284,9 @@ class SimpleCNN(nn.Module):
 
     def explained_head(self, features: Tensor) -> HeadOutput:
         """(N, 64, s/2, s/2) to logits (N, C) and their α."""
-        hidden = self.fc1(F.max_pool2d(features, 2).flatten(1))
         first = self.fc1.weight.view(128, 64, self.positions)
+        # Of this view, not of the parameter: autograd then adds α's gradient, the same at all positions, unexpanded.
+        hidden = F.linear(F.max_pool2d(features, 2).flatten(1), first.flatten(1), self.fc1.bias)
         alpha = HiddenAlpha(hidden, first, self.fc2.weight, features.shape[2] * features.shape[3])
         return HeadOutput(self.fc2(F.relu(hidden)), alpha)
 

@@ -107,7 +107,7 @@ HEADLINE = ("baseline", "rrr", DEPARTURE)
 """What gets its five seeds first."""
 
 DECOY_WEIGHTS: dict[str, list[float]] = {
-    "pdl": [3.0, 10.0],
+    "pdl": [3.0, 10.0, 1.0],
     DEPARTURE: [0.1],
     SUPPORT: [0.1, 0.03, 0.01],
     "rrr": [10.0, 1.0],
