@@ -81,10 +81,12 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     run_stage(workshop, "decoy_weights", stages.decoy_weights_space(prototypes), prototypes=CLEAN)
     by_rule = decoy_weights(read_runs(RESULTS, "decoy_weights"))
     chosen = list(dict.fromkeys(chain(*by_rule.values())))
-    headline = [choice for choice in by_rule["biased accuracy"] if choice.objective in stages.HEADLINE]
+    headline = [choice for choice in chosen if choice.objective in stages.HEADLINE]
     run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, headline), prototypes=CLEAN)
-    departure = [choice for choice in by_rule["biased accuracy"] if choice.objective == stages.DEPARTURE]
-    support = [choice for choice in by_rule["wrong-reason score"] if choice.objective == stages.SUPPORT]
+    departure, support = (
+        [choice for choice in by_rule["wrong-reason score"] if choice.objective == objective]
+        for objective in (stages.DEPARTURE, stages.SUPPORT)
+    )
     # Departures are from prototypes that are averages as well: all of a drawing departs, and of the data's own nothing.
     for kind, ours in ((TEN, [*departure, *support]), (SKETCHES, support), (DECOYED, support)):
         space = stages.decoy_prototypes_space(prototypes, kind, ours)

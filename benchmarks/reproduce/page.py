@@ -11,7 +11,7 @@ from distributed_batchcam.models import PAPER_MODELS
 from distributed_batchcam.report.paper import Setting, paper_table
 
 from .collect import read_runs
-from .stages import DECOY_SEEDS, DECOYED, DEPARTURE, SKETCHES, TEN
+from .stages import DECOY_SEEDS, DECOYED, DEPARTURES, SKETCHES, SUPPORT, TEN
 from .weights import RULES, Chosen, decoy_weights, table_weights
 
 Run = Mapping[str, Any]
@@ -392,33 +392,36 @@ def _goals(along: Sequence[Run], runs: Sequence[Run], others: Sequence[Run]) -> 
             _GOALS,
             _markdown(["data set", "objective", *(f"λ by {rule}" for rule in accuracies)], rows),
             *(["\n".join(tens)] if tens else []),
-            *_beside_masks(by_rule["biased accuracy"], runs),
+            "Both with the λ of the same rule, seed by seed: mean difference, its standard error (number of pairs).",
+            _beside_masks(by_rule, runs),
         ]
     )
 
 
-def _beside_masks(chosen: Sequence[Chosen], runs: Sequence[Run]) -> list[str]:
+def _beside_masks(by_rule: Mapping[str, Sequence[Chosen]], runs: Sequence[Run]) -> str:
     """The accuracy of ten prototypes less that of a mask per image, seed by seed."""
-    lines = []
-    for dataset in GOALS:
-        by_seed = {
-            objective: {
-                run["seed"]: run["test_accuracy"]
-                for run in runs
-                if run["objective"] == objective and Chosen(dataset, objective, _weight(run)) in chosen
-                if run["dataset"] == dataset
-            }
-            for objective in (DEPARTURE, "rrr")
+
+    def by_seed(dataset: str, objective: str, chosen: Sequence[Chosen]) -> dict[int, float]:
+        return {
+            run["seed"]: run["test_accuracy"]
+            for run in runs
+            if (run["dataset"], run["objective"]) == (dataset, objective)
+            and Chosen(dataset, objective, _weight(run)) in chosen
         }
-        seeds = by_seed[DEPARTURE].keys() & by_seed["rrr"].keys()
-        differences = [by_seed[DEPARTURE][seed] - by_seed["rrr"][seed] for seed in sorted(seeds)]
-        if len(differences) > 1:
-            error = stdev(differences) / len(differences) ** 0.5
-            lines.append(
-                f"* {dataset}, `{DEPARTURE}` less `rrr`, both with the first rule's λ, seed by seed: "
-                f"{mean(differences):+.2f}, standard error {error:.2f} ({len(differences)})"
-            )
-    return ["\n".join(lines)] if lines else []
+
+    def difference(dataset: str, objective: str, chosen: Sequence[Chosen]) -> str:
+        ours, masks = (by_seed(dataset, name, chosen) for name in (objective, "rrr"))
+        differences = [ours[seed] - masks[seed] for seed in sorted(ours.keys() & masks.keys())]
+        if len(differences) < 2:
+            return "not run"
+        return f"{mean(differences):+.2f}, {stdev(differences) / len(differences) ** 0.5:.2f} ({len(differences)})"
+
+    rows = [
+        [dataset, f"`{objective}`", *(difference(dataset, objective, chosen) for chosen in by_rule.values())]
+        for dataset in GOALS
+        for objective in (*DEPARTURES, SUPPORT)
+    ]
+    return _markdown(["data set", "less `rrr`", *(f"λ by {rule}" for rule in by_rule)], rows)
 
 
 _GOALS = (

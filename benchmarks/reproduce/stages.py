@@ -103,14 +103,15 @@ CLEAN, TEN, SKETCHES, DECOYED = "clean", "ten", "sketches", "decoyed"
 DEPARTURE, SUPPORT = "bcpl_l1+30pdl", "bcpl_l1+100psl_margin"
 """Tried with other prototypes too: against where the data depart from them, and against where they are dark."""
 
-HEADLINE = ("baseline", "rrr", DEPARTURE)
+DEPARTURES = ("pdl", DEPARTURE)
+HEADLINE = ("baseline", "rrr", *DEPARTURES)
 """What gets its five seeds first."""
 
 DECOY_WEIGHTS: dict[str, list[float]] = {
     "pdl": [3.0, 10.0, 1.0],
-    DEPARTURE: [0.1],
+    DEPARTURE: [0.1, 0.03],
     SUPPORT: [0.1, 0.03, 0.01],
-    "rrr": [10.0, 1.0],
+    "rrr": [10.0, 1.0, 3.0],
     "bcpl_l1": [10.0, 30.0],
     "psl": [1.0, 0.3],
     "psl_margin": [10.0, 3.0],

@@ -49,8 +49,8 @@ def unbiased_accuracy(runs: list[Run], baseline: Run) -> Run:
 
 RULES: dict[str, Callable[[list[Run], Run], Run]] = {
     "biased accuracy": biased_accuracy,
-    "wrong-reason score": wrong_reasons,
     "unbiased accuracy": unbiased_accuracy,
+    "wrong-reason score": wrong_reasons,
 }
 
 
