@@ -1,4 +1,6 @@
-"""What every test may ask for: a device, and the same random numbers each time."""
+"""What every test may ask for: a device, a Ray, and the same random numbers each time."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,3 +21,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two_cpus() -> Iterator[None]:
+    """A Ray of two logical CPUs, which all sweeps in this process join."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

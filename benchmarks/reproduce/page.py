@@ -252,19 +252,20 @@ def _decoys(results: Path) -> list[str]:
 
 
 _DECOYS = """
-A 4×4 patch in a corner drawn at random has the value 255 - 25·y in training images of class y, and says nothing in
-the test images (Ross et al. 2017; the XIL typology, Friedrich et al. 2023). A model that trusts it fails the test.
-`rrr` and `rrr_g` are told the patch of each of the 55,000 training images by a mask; the published RRR-G takes α for
-a constant, ours differentiates it. The others see no mask: only ten prototypes, one per class, here the averages of
-clean training images. `pdl` finds the patches' places by what the decoyed images are on the average and the
-prototypes are not; `psl` forbids where the prototypes are dark; `bcpl_l1+30pdl` at 0.1 is `bcpl_l1` at the tables' λ
-and `pdl` at 3, at 0.03 nearly `pdl` at 1. `simple_cnn`, the recipe of the tables but for six epochs, 5,000 decoyed training images held out; the
-support of the margin is 0.01 for digits and 0.1 for clothes, whose averages reach into the corners, that of `psl` is
-0.05; "decoyed test" is the accuracy that counts, "validation" is on images decoyed like the training set, which is all
-that most people have. Patch mass is the share of the predicted class's Grad-CAM on the patch, WR the typology's
-thresholded score: the share of a patch's pixels above the mean of all maps (percent; constant maps have none, and are
-counted). Published figures, under protocols that differ (networks, epochs, patches of one corner or several):
-unpenalised 52 to 79 on decoy MNIST and 58 on decoy Fashion-MNIST, with a mask per image 96 to 99 and 77 to 89.
+A 4×4 patch in a corner drawn at random has the value 255 - 25·y in training images of class y, and says nothing in the
+test images (Ross et al. 2017; the XIL typology, Friedrich et al. 2023). A model that trusts it fails the test. `rrr`
+and `rrr_g` are told the patch of each of the 55,000 training images by a mask; the published RRR-G takes α for a
+constant, ours differentiates it. The others see no mask: only ten prototypes, one per class, here the averages of
+clean training images. `pdl` finds the patches' places by what the decoyed images are on the average and the prototypes
+are not; `psl` forbids where the prototypes are dark; `bcpl_l1+30pdl` at 0.1 is `bcpl_l1` at the tables' λ and `pdl` at
+3, at 0.03 nearly `pdl` at 1. `simple_cnn`, the recipe of the tables but for six epochs, 5,000 decoyed training images
+held out; the support of the margin is 0.01 for digits and 0.1 for clothes, whose averages reach into the corners, that
+of `psl` is 0.05; "decoyed test" is the accuracy that counts, "validation" is on images decoyed like the training set,
+which is all that most people have. Patch mass is the share of the predicted class's Grad-CAM on the patch, WR the
+typology's thresholded score: the share of a patch's pixels above the mean of all maps (percent; constant maps have
+none, and are counted). Published figures, under protocols that differ (networks, epochs, patches of one corner or
+several): unpenalised 52 to 79 on decoy MNIST and 58 on decoy Fashion-MNIST, with a mask per image 96 to 99 and 77 to
+89.
 """
 
 _PROTOTYPES = """

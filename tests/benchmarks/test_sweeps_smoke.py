@@ -1,7 +1,6 @@
 """The benchmark of sweeps runs at a tiny size and writes what it says."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,14 @@ from benchmarks import sweeps
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def one_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray that all sweeps join: each starting its own is most of their time."""
+@pytest.mark.usefixtures("two_cpus")
+def test_sweeps_are_compared_with_their_runs_and_asha_with_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # All sweeps join one Ray: to start its own is most of the time of a small one.
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("one_ray")
-def test_sweeps_are_compared_with_their_runs_and_asha_with_the_grid(tmp_path: Path) -> None:
     small = ["--trials", "1", "--epochs", "2", "--weights", "2", "--objectives", "pl_l1", "--rounds", "1"]
     small += ["--fresh-seeds", "2"]
     sweeps.main([*small, "--json", str(tmp_path / "sweeps.json")])
