@@ -35,14 +35,16 @@ def test_freed_memory_is_not_fetched_again() -> None:
     assert faults("keep") < 1000 < faults("let go")
 
 
-# Trains for a moment, and prints how far large tensors are off the page that torch puts them at for huge pages.
+# Trains for a moment, and prints how far large tensors are off the page that torch puts them at for huge pages. They
+# are held together: one after the other they could all get the same place, on a page by chance.
 ALIGNMENT = """
 import sys
 from distributed_batchcam.cli import run
 options = "--dataset digits --image-size 8 --epochs 1 --batch-size 256 --device cpu --out"
 assert run(["train", *options.split(), sys.argv[1]]) == 0
 import torch
-print(*(torch.zeros(4 << 20).data_ptr() % 4096 for _ in range(5)), sep=",")
+tensors = [torch.zeros(4 << 20) for _ in range(5)]
+print(*(tensor.data_ptr() % 4096 for tensor in tensors), sep=",")
 """
 
 
