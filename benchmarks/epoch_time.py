@@ -61,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=positive, default=2, help="of the usual way's DataLoader (%(default)s)")
     parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="%(default)s")
     parser.add_argument("--channels-last", action="store_true", help="memory format of both ways")
+    parser.add_argument("--cuda-graph", action="store_true", help="ours alone: forward and backward as a CUDA graph")
     options = parser.parse_args(arguments)
     device = choose_device(parser, options.device)
+    if options.cuda_graph and device.type != "cuda":
+        parser.error("--cuda-graph needs a GPU")
     try:
         data = load_data(options.dataset, valid_size=0)
     except InputError as error:
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 epochs=options.rounds + options.warmup,
                 precision=options.precision,
                 channels_last=options.channels_last,
+                cuda_graph=options.cuda_graph,
                 device=device.type,
                 valid_size=0,
                 out=Path(folder, objective),
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipeline.row(USUAL).ratio.median if as_the_bars_say else None,
         )
     )
-    settings = {"workers": options.workers, "channels_last": options.channels_last, "precision": options.precision}
+    settings = {name: getattr(options, name) for name in ("workers", "channels_last", "cuda_graph", "precision")}
     report("epoch_time", options, device, [*tables.values(), pipeline], bars, further=settings)
 
 

@@ -26,11 +26,11 @@ BOTH = ("no", "yes")
 
 
 class Benchmark(NamedTuple):
-    """A benchmark's command line, and its options on a GPU and for a smoke run."""
+    """A benchmark's command line, and its options on a GPU and for a smoke run, where a CPU can run it at all."""
 
     main: Callable[[Sequence[str]], None]
     gpu: tuple[str, ...]
-    smoke: tuple[str, ...]
+    smoke: tuple[str, ...] | None
 
 
 BENCHMARKS = {
@@ -89,6 +89,24 @@ BENCHMARKS = {
         ("--rounds", "5"),
         ("--datasets", "digits", "--objectives", "baseline", "--epochs", "1", "--accuracy", "10"),
     ),
+    "step_time_graph": Benchmark(
+        step_time.main,
+        (
+            "--rounds",
+            "100",
+            "--warmup",
+            "20",
+            "--precisions",
+            "no",
+            "bf16",
+            "--channels-last",
+            "yes",
+            "--cuda-graph",
+            *BOTH,
+        ),
+        None,
+    ),
+    "epoch_time_graph": Benchmark(epoch_time.main, ("--rounds", "5", "--workers", "8", "--cuda-graph"), None),
 }
 ON_CPU = ("collective_traffic",)  # gloo's, wherever it runs
 
@@ -109,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device = "cpu" if name in ON_CPU else "cuda"
             written = ("--json", str(options.out / f"{name}_cuda.json")) if options.out else ()
             benchmark.main([*benchmark.gpu, "--device", device, *written])
+        elif benchmark.smoke is None:
+            print("a CUDA graph needs a GPU: not measured")
         else:
             benchmark.main([*benchmark.smoke, *ROUNDS, "--device", "cpu"])
         print(flush=True)

@@ -3,8 +3,9 @@
 A step is forward, loss, backward, AdamW, zero_grad. The denominator is what one would write without this
 package: `F.cross_entropy(network(images), targets)` on the bare network, without its feature maps or α.
 `baseline`, this package's cross-entropy objective, is one of the variants. All share the same weights, and all
-have the same setting: precision, memory format, and either the network compiled as a whole (plain) and its
-backbone and the arithmetic of the maps (the others), or nothing compiled. Where masks are asked for, they are a corner
+have the same setting: precision, memory format, either the network compiled as a whole (plain) and its
+backbone and the arithmetic of the maps (the others), or nothing compiled, and either forward and backward as a CUDA
+graph, or none. Where masks are asked for, they are a corner
 of 4×4 pixels, as of the decoy data sets.
 """
 
@@ -12,6 +13,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_batchcam.config import RunConfig
+from distributed_batchcam.cuda_graph import GraphedPass
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.models import PAPER_MODELS, CAMModel, create_model
 from distributed_batchcam.objectives import OBJECTIVES, CAMLossOptions, Objective
@@ -47,12 +50,14 @@ class Setting(NamedTuple):
     precision: str = "no"
     compiled: bool = False
     channels_last: bool = False
+    cuda_graph: bool = False
 
     @property
     def text(self) -> str:
         """In words."""
         words = ["float32" if self.precision == "no" else self.precision]
         words += ["compiled"] * self.compiled + ["channels-last"] * self.channels_last
+        words += ["CUDA graph"] * self.cuda_graph
         return " ".join(words)
 
 
@@ -76,13 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16"], help="no (float32)")
     parser.add_argument("--compile", nargs="+", default=["no"], choices=["no", "yes"], help="no")
     parser.add_argument("--channels-last", nargs="+", default=["no"], choices=["no", "yes"], help="no")
+    parser.add_argument("--cuda-graph", nargs="+", default=["no"], choices=["no", "yes"], help="no")
     options = parser.parse_args(arguments)
     device = choose_device(parser, options.device)
+    if "yes" in options.cuda_graph and device.type != "cuda":
+        parser.error("--cuda-graph yes needs a GPU")
     settings = [
-        Setting(precision, compiled == "yes", channels_last == "yes")
-        for precision in options.precisions
-        for compiled in options.compile
-        for channels_last in options.channels_last
+        Setting(precision, *(choice == "yes" for choice in choices))
+        for precision, *choices in product(
+            options.precisions, options.compile, options.channels_last, options.cuda_graph
+        )
     ]
 
     tables: dict[tuple[str, Setting], Table] = {}
@@ -178,7 +186,7 @@ def training_steps(
     options = CAMLossOptions(class_means=partial(torch.rand_like, prototypes))
     losses = {PLAIN: plain_loss}
     losses |= {name: loss_of(Objective(name, prototypes, options=options)) for name in objectives}
-    return {name: training_step(loss, optimizer) for name, loss in losses.items()}
+    return {name: training_step(loss, optimizer, cuda_graph=setting.cuda_graph) for name, loss in losses.items()}
 
 
 def random_batch(batch_size: int, device: torch.device, size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,11 +205,19 @@ def corner_masks(images: Tensor) -> Tensor:
     return masks
 
 
-def training_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def training_step(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, *, cuda_graph: bool = False
+) -> Callable[[], None]:
     """A training step that starts from a function of the forward pass and the loss."""
 
-    def step() -> None:
+    def backward() -> None:
         loss().backward()
+
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    forward_backward = GraphedPass(backward, trained) if cuda_graph else backward
+
+    def step() -> None:
+        forward_backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -141,6 +141,8 @@ class RunConfig(BaseModel):
     """Where to train; auto takes the GPU if there is one."""
     compile: bool = False
     """Compile the backbone and the arithmetic of the maps (the head, differentiated twice, stays as it is)."""
+    cuda_graph: bool = False
+    """Record forward, loss and backward once as a CUDA graph and replay it, for small models on one GPU."""
     channels_last: bool = False
     """Keep images and weights in channels-last order, faster for convolutions on GPUs."""
     sync_batchnorm: bool = False

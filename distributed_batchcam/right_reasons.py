@@ -326,9 +326,10 @@ def _gradient_of_log_probabilities(logits: Tensor, source: Tensor, name: str) ->
 
 def _gradient_of_margin(logits: Tensor, features: Tensor, targets: Tensor) -> Tensor:
     """∂/∂A_i (L[i, y_i] - max_{c ≠ y_i} L[i, c]), float32 or better; differentiable if gradients are enabled."""
-    own = F.one_hot(targets, logits.shape[1]).bool()
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    own = targets[:, None] == classes
     rivals = logits.detach().masked_fill(own, -torch.inf).argmax(1)
-    gradient = pull_back(logits, features, own.to(logits.dtype) - F.one_hot(rivals, logits.shape[1]))
+    gradient = pull_back(logits, features, own.to(logits.dtype) - (rivals[:, None] == classes).to(logits.dtype))
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 

@@ -14,8 +14,9 @@ from .run_lock import NAME, RunLock
 
 # What may differ between a run and its continuation without changing what is computed.
 FREE_ON_RESUME = {
-    *("out", "resume", "data_root", "cache_images", "workers", "device", "precision", "compile", "channels_last"),
-    *("checkpoint_every", "keep_checkpoints", "max_bad_steps", "timeout", "log_every", "tracker", "group", "tags"),
+    *("out", "resume", "data_root", "cache_images", "workers", "device", "precision", "compile", "cuda_graph"),
+    *("channels_last", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "timeout", "log_every"),
+    *("tracker", "group", "tags"),
 }
 
 

@@ -17,6 +17,7 @@ from .bad_steps import BadSteps
 from .checkpoint import load_checkpoint
 from .checkpoint_writer import CheckpointSchedule, CheckpointWriter, keep_trying
 from .config import RunConfig
+from .cuda_graph import GraphedPass
 from .data import Batch, Data, ImageSet, Loader, dataset_prototypes
 from .debug import DebugMonitor
 from .errors import InputError, OneRankError
@@ -190,6 +191,11 @@ class Trainer:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             self.ddp, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
         self.debug = DebugMonitor(model) if config.debug else None
+        self.forward_backward: Callable[..., tuple[LossParts, Tensor]] = self._forward_backward
+        if config.cuda_graph:
+            _allow_cuda_graph(config, accelerator)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.forward_backward = GraphedPass(self._forward_backward, trained)
 
         self.progress = Progress()
         self.meter = Meter(accelerator)
@@ -317,24 +323,9 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[LossParts, Tensor]:
         """Forward, loss, backward and, at the end of a global batch, the optimizer's step."""
         self.bad_steps.before_forward(batch)
-        batch.images.requires_grad_(self.objective.differentiates_images)
-        images = self.data.normalize(batch.images)
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        masks = () if self.masks is None else (self.masks(batch),)
         with self.accelerator.accumulate(self.ddp):
-            output = self.ddp(images)
-            parts = self.objective(
-                output.logits,
-                output.features,
-                batch.targets,
-                batch.images,
-                alpha=output.alpha,
-                batch_size=batch.batch_size,
-                masks=None if self.masks is None else self.masks(batch),
-            )
-            self.accelerator.backward(parts.total)
-            if self.debug is not None:
-                self.debug.after_backward(images, output, parts)
+            parts, right = self.forward_backward(batch.images, batch.targets, *masks)
             if self.accelerator.sync_gradients:
                 self.bad_steps.before_step(self._clip_gradient())
             self.optimizer.step()
@@ -342,7 +333,30 @@ class Trainer:
             self.optimizer.zero_grad()
             if self.ema is not None and self.accelerator.sync_gradients:
                 self.ema.update_parameters(self.model)
-        right = (output.logits.detach().argmax(1) == batch.targets).sum()
+        return parts, right
+
+    def _forward_backward(
+        self, pixels: Tensor, targets: Tensor, masks: Tensor | None = None
+    ) -> tuple[LossParts, Tensor]:
+        """From this rank's share of a piece of a global batch to gradients; loss parts, and how many were right."""
+        pixels = pixels.detach().requires_grad_(self.objective.differentiates_images)
+        images = self.data.normalize(pixels)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        output = self.ddp(images)
+        parts = self.objective(
+            output.logits,
+            output.features,
+            targets,
+            pixels,
+            alpha=output.alpha,
+            batch_size=self.loader.batch_size,
+            masks=masks,
+        )
+        self.accelerator.backward(parts.total)
+        if self.debug is not None:
+            self.debug.after_backward(images, output, parts)
+        right = (output.logits.detach().argmax(1) == targets).sum()
         return LossParts(*(part.detach() for part in parts)), right
 
     def _clip_gradient(self) -> Tensor:
@@ -567,3 +581,14 @@ def _allow_double_backward(config: RunConfig, model: CAMModel) -> None:
             flag = name.replace("_", "-")
             raise InputError(f"--objective {config.objective} differentiates the network twice: leave --{flag} out")
     model.allow_double_backward()
+
+
+def _allow_cuda_graph(config: RunConfig, accelerator: "Accelerator") -> None:
+    """Require a step that is the same operations every time, gradients and all, on one GPU."""
+    if config.accumulate > 1:
+        raise InputError("--cuda-graph computes every gradient anew: leave --accumulate out")
+    if config.debug:
+        raise InputError("--debug looks at every operation, a CUDA graph shows none: leave --cuda-graph out")
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        here = f"{accelerator.num_processes} on {accelerator.device.type}"
+        raise InputError(f"--cuda-graph needs one process with a GPU, here: {here}; leave it out")

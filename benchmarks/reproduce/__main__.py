@@ -80,10 +80,6 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     make_prototypes(prototypes, data_root)
     run_stage(workshop, "decoy_weights", stages.decoy_weights_space(prototypes), prototypes=CLEAN)
     by_rule = decoy_weights(read_runs(RESULTS, "decoy_weights"))
-    # In the order in which seeds are run, first for the rule that the README quotes.
-    chosen = list(dict.fromkeys(chain(by_rule["unbiased accuracy"], *by_rule.values())))
-    headline = [choice for choice in chosen if choice.objective in stages.HEADLINE]
-    run_stage(workshop, "decoy_seeds", stages.decoy_seeds_space(prototypes, headline), prototypes=CLEAN)
     departure, support = (
         [choice for choice in by_rule["wrong-reason score"] if choice.objective == objective]
         for objective in (stages.DEPARTURE, stages.SUPPORT)
@@ -92,9 +88,13 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     for kind, ours in ((TEN, [*departure, *support]), (SKETCHES, support), (DECOYED, support)):
         space = stages.decoy_prototypes_space(prototypes, kind, ours)
         run_stage(workshop, f"decoy_{kind}", space, prototypes=kind)
-    others = [choice for choice in chosen if choice not in headline]
-    run_stage(workshop, "decoy_other_seeds", stages.decoy_seeds_space(prototypes, others), prototypes=CLEAN)
     run_stage(workshop, "decoy_clean", stages.clean_space([*support, *(Chosen(name, "baseline", 0) for name in PLAIN)]))
+    # In the order in which seeds are run, first for the rule that the README quotes.
+    chosen = list(dict.fromkeys(chain(by_rule["unbiased accuracy"], *by_rule.values())))
+    headline = [choice for choice in chosen if choice.objective in stages.HEADLINE]
+    others = [choice for choice in chosen if choice not in headline]
+    for name, choices in (("decoy_seeds", headline), ("decoy_other_seeds", others)):
+        run_stage(workshop, name, stages.decoy_seeds_space(prototypes, choices), prototypes=CLEAN)
 
 
 def explain_first_seed(workshop: Workshop, name: str) -> None:
