@@ -37,7 +37,7 @@ LEARNING_RATE = 1e-9
 # These differentiate the whole network twice, which compiled code cannot be: by name only, and not compiled.
 _TWICE = ("pdl", "rrr")
 USUAL_OBJECTIVES = tuple(name for name in OBJECTIVES if name not in _TWICE)
-PLAIN = "plain"
+PLAIN, BASELINE = "plain", "baseline"
 BAR_OBJECTIVE, BAR_THREADS = "bcpl_l1", 2
 # Times the plain step at the batch sizes above: on the CPU in float32, on a GPU in the fastest setting of both.
 CPU_BARS = {"simple_cnn": 1.06, "resnet18": 1.02, "convnextv2_tiny": 1.02}
@@ -114,18 +114,20 @@ def bars(tables: Tables, options: argparse.Namespace, device: torch.device) -> l
     usual = options.batch_size is None and BAR_OBJECTIVE in options.objectives
     on_cpu = usual and device.type == "cpu" and options.threads == BAR_THREADS
     on_gpu = usual and device.type == "cuda"
-    found = [
-        Bar(
-            f"{BAR_OBJECTIVE} ÷ {PLAIN}, {model}, batch {BATCH_SIZES.get(model, OTHER_BATCH_SIZE)}, "
-            f"cpu, {BAR_THREADS} threads,",
-            "at most",
-            limit,
-            tables[model, Setting()].row(BAR_OBJECTIVE).ratio.median
-            if on_cpu and (model, Setting()) in tables
-            else None,
-        )
-        for model, limit in CPU_BARS.items()
-    ]
+    found = []
+    for model, limit in CPU_BARS.items():
+        table = tables.get((model, Setting())) if on_cpu else None
+        for reference in (BASELINE, PLAIN):
+            there = table is not None and reference in [row.name for row in table.rows]
+            batch = BATCH_SIZES.get(model, OTHER_BATCH_SIZE)
+            found.append(
+                Bar(
+                    f"{BAR_OBJECTIVE} ÷ {reference}, {model}, batch {batch}, cpu, {BAR_THREADS} threads,",
+                    "at most",
+                    limit,
+                    table.ratio(BAR_OBJECTIVE, reference).median if table is not None and there else None,
+                )
+            )
     for model, limit in GPU_BARS.items():
         of_model = [table for (name, _), table in tables.items() if name == model]
         found.append(

@@ -49,9 +49,10 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: its times, and its time ÷ that of the reference in the same round."""
+    """One variant: its times, round by round, and its time ÷ that of the reference in the same round."""
 
     name: str
+    times: Sequence[float]
     seconds: Spread
     ratio: Spread
 
@@ -69,19 +70,16 @@ class Table:
         reference = next(iter(seconds.values()))
         return cls(
             title,
-            tuple(
-                Row(
-                    name,
-                    Spread.of(times),
-                    Spread.of([mine / other for mine, other in zip(times, reference, strict=True)]),
-                )
-                for name, times in seconds.items()
-            ),
+            tuple(Row(name, times, Spread.of(times), _ratio(times, reference)) for name, times in seconds.items()),
         )
 
     def row(self, name: str) -> Row:
         """The row of a variant."""
         return next(row for row in self.rows if row.name == name)
+
+    def ratio(self, name: str, reference: str) -> Spread:
+        """Of two variants' times in the same round."""
+        return _ratio(self.row(name).times, self.row(reference).times)
 
     def text(self) -> str:
         """The table as plain text."""
@@ -99,6 +97,10 @@ class Table:
                 f"{_short(ratio.median):>12}  {ratio_range:>17}"
             )
         return "\n".join(lines)
+
+
+def _ratio(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    return Spread.of([mine / other for mine, other in zip(times, reference, strict=True)])
 
 
 @dataclass(frozen=True)
