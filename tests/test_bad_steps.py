@@ -28,7 +28,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--optimizer", "sgd", "--lr", "0.02"], ["--model", "resnet18", "--image-size", "8"]]
+    "options", [[], ["--optimizer", "sgd", "--lr", "0.02"], ["--model", "resnet10t", "--image-size", "8"]]
 )
 def test_a_bad_step_changes_nothing_and_its_samples_are_named(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16", "channels_last": True},
     "ema": {"ema": 0.9, "label_smoothing": 0.1},
     "sums": {"reduction": "sums", "resize": "prototypes"},
-    "running statistics, a named layer": {"model": "resnet18", "image_size": 8, "target_layer": "layer2"},
+    "running statistics, a named layer": {"model": "resnet10t", "image_size": 8, "target_layer": "layer2"},
 }
 
 

@@ -55,7 +55,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_with_running_statistics_go_on_within_an_epoch_bit_for_bit(tmp_path: Path) -> None:
-    options = ["train", *SMALL, "--image-size", "8", "--model", "resnet18", "--epochs", "1", "--ema", "0.9"]
+    options = ["train", *SMALL, "--image-size", "8", "--model", "resnet10t", "--epochs", "1", "--ema", "0.9"]
     options += ["--log-every", "4", "--checkpoint-every", "11steps"]
     undisturbed = tmp_path / "undisturbed"
     assert launch(*options, "--out", str(undisturbed), flags=gloo(2)).returncode == 0

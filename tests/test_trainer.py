@@ -207,7 +207,7 @@ OPTIONS = {
         *("--objective", "rrr", "--dataset", "decoy_digits", "--precision", "bf16", "--channels-last"),
     ],
     "support": ["--objective", "psl", "--support", "0.2"],
-    "named layer": ["--model", "resnet18", "--target-layer", "layer2", "--image-size", "8"],
+    "named layer": ["--model", "resnet10t", "--target-layer", "layer2", "--image-size", "8"],
 }
 
 
