@@ -305,9 +305,10 @@ choose by, not to quote. "Evidence" is what the support loss asks to be nought o
 Σ log p has no slope at the start and a large one where the network is certain, the margin's is gentler. A wider
 outside (a higher support) costs more of the true evidence than it takes from the patch, as bags, boots and coats
 reach into the corners. The sum with `bcpl_l1` and more epochs is what goes furthest; at an earlier layer the loss
-leaves the patch its influence. In the four corners alone, which is where the data depart from the prototypes, a loss at
-the input costs little of the true evidence, and least where it is weighted with the departure of each image: that
-became `pdl`.
+leaves the patch its influence. Schedules of λ and a support that fades, tried last (on the code as it is), gain
+nothing: without them the sum at 0.03 has 90.21, and `pdl` 92.10. In the four corners alone, which is where the data
+depart from the prototypes, a loss at the input costs little of the true evidence, and least where it is weighted with
+the departure of each image: that became `pdl`.
 """
 
 
