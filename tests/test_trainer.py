@@ -113,7 +113,7 @@ def test_newest_and_best_checkpoints_stay(finished: Path) -> None:
 
 
 def test_the_saved_model_is_the_one_that_was_evaluated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["evaluate", str(finished), "--device", "cpu"]) == 0
+    assert run(["evaluate", str(finished), "--device", "cpu", "--subset", "10"]) == 0
     figures, summary = json.loads(capsys.readouterr().out), summary_of(finished)
     assert figures["accuracy"] == summary["test_accuracy"]
     for name in ("cam_l1", "cam_ssim", "class_cam_ssim"):
@@ -215,7 +215,7 @@ OPTIONS = {
 def test_options_train_and_repeat_from_their_config(options: list[str], tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--epochs", "1", *options) == 0
     assert summary_of(tmp_path / "run")["test_accuracy"] > 20
-    assert run(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert run(["evaluate", str(tmp_path / "run"), "--device", "cpu", "--subset", "10"]) == 0
 
 
 def test_gradient_accumulation_follows_the_whole_batch(tmp_path: Path) -> None:
