@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import requires_cuda
 from emulated_cuda_graph import Graph, graphs  # noqa: F401  (a fixture)
 from short_runs import assert_same_result, cut_off, lines_of, train
 from torch import Tensor
@@ -86,7 +85,7 @@ def test_a_recorded_step_trains_as_any_other(
         assert torch.equal(same_weights[name], value), name
 
 
-@requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_recorded_step_trains_as_any_other_on_a_gpu(options: dict[str, Any], tmp_path: Path) -> None:
     figures, _ = train_epoch(tmp_path / "plain", "cuda", options)
