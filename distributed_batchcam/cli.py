@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -39,8 +40,10 @@ def run(arguments: Sequence[str]) -> int:
         return _run(list(arguments))
     except InputError as error:
         if not _say(f"batchcam: error: {error}", on_every_process=isinstance(error, OneRankError)):
-            # Launchers end all processes as soon as one has left: the one that says the line goes first.
-            time.sleep(_SECONDS_TO_SAY_IT)
+            # Launchers end all processes as soon as one has left: the one that says the line goes first. They do so by
+            # SIGTERM, and that is no other error than the one that was said.
+            with suppress(_Terminated):
+                time.sleep(_SECONDS_TO_SAY_IT)
         return _BAD_INPUT
     except RunFault as error:
         # By whoever is left: it may be the first of them that was lost.

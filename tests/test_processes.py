@@ -102,6 +102,7 @@ def test_bad_input_on_two_processes_is_said_once_and_leaves_nothing(tmp_path: Pa
     result = launch("train", *SMALL, "--batch-size", "100000", "--out", str(out), flags=gloo(2))
     assert result.returncode != 0
     assert result.stderr.count("batchcam: error: --batch-size 100000 is larger than the training set") == 1
+    assert "InputError" not in result.stderr, "a launcher's own traceback names its own error"
     assert not out.exists()
 
 
