@@ -23,6 +23,8 @@ from . import (
 
 ROUNDS = ("--rounds", "2", "--threads", "1")
 BOTH = ("no", "yes")
+STEPS = ("--rounds", "100", "--warmup", "20", "--precisions", "no", "bf16")
+EPOCHS = ("--rounds", "5", "--workers", "8")
 
 
 class Benchmark(NamedTuple):
@@ -36,19 +38,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "step_time": Benchmark(
         step_time.main,
-        (
-            "--rounds",
-            "100",
-            "--warmup",
-            "20",
-            "--precisions",
-            "no",
-            "bf16",
-            "--compile",
-            *BOTH,
-            "--channels-last",
-            *BOTH,
-        ),
+        (*STEPS, "--compile", *BOTH, "--channels-last", *BOTH),
         (
             "--warmup",
             "1",
@@ -72,7 +62,7 @@ BENCHMARKS = {
     ),
     "epoch_time": Benchmark(
         epoch_time.main,
-        ("--rounds", "5", "--workers", "8"),
+        EPOCHS,
         ("--warmup", "1", "--dataset", "digits", "--images", "64", "--batch-size", "32", "--workers", "1"),
     ),
     "fraction_of_peak": Benchmark(
@@ -89,24 +79,8 @@ BENCHMARKS = {
         ("--rounds", "5"),
         ("--datasets", "digits", "--objectives", "baseline", "--epochs", "1", "--accuracy", "10"),
     ),
-    "step_time_graph": Benchmark(
-        step_time.main,
-        (
-            "--rounds",
-            "100",
-            "--warmup",
-            "20",
-            "--precisions",
-            "no",
-            "bf16",
-            "--channels-last",
-            "yes",
-            "--cuda-graph",
-            *BOTH,
-        ),
-        None,
-    ),
-    "epoch_time_graph": Benchmark(epoch_time.main, ("--rounds", "5", "--workers", "8", "--cuda-graph"), None),
+    "step_time_graph": Benchmark(step_time.main, (*STEPS, "--channels-last", "yes", "--cuda-graph", *BOTH), None),
+    "epoch_time_graph": Benchmark(epoch_time.main, (*EPOCHS, "--cuda-graph"), None),
 }
 ON_CPU = ("collective_traffic",)  # gloo's, wherever it runs
 
@@ -128,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             written = ("--json", str(options.out / f"{name}_cuda.json")) if options.out else ()
             benchmark.main([*benchmark.gpu, "--device", device, *written])
         elif benchmark.smoke is None:
-            print("a CUDA graph needs a GPU: not measured")
+            print("needs a GPU: not measured")
         else:
             benchmark.main([*benchmark.smoke, *ROUNDS, "--device", "cpu"])
         print(flush=True)

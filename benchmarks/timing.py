@@ -53,8 +53,12 @@ class Row:
 
     name: str
     times: Sequence[float]
-    seconds: Spread
     ratio: Spread
+
+    @property
+    def seconds(self) -> Spread:
+        """Median and spread of the times."""
+        return Spread.of(self.times)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Table:
         reference = next(iter(seconds.values()))
         return cls(
             title,
-            tuple(Row(name, times, Spread.of(times), _ratio(times, reference)) for name, times in seconds.items()),
+            tuple(Row(name, times, _ratio(times, reference)) for name, times in seconds.items()),
         )
 
     def row(self, name: str) -> Row:

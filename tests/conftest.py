@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated_cuda_graph import graphs as graphs  # a fixture
 
 # On tensors this small, threads cost far more than they give, most of all on a busy machine.
 torch.set_num_threads(1)

@@ -42,19 +42,8 @@ def test_a_run_goes_on_within_an_epoch_bit_for_bit(tmp_path: Path, capsys: pytes
 
 def test_a_checkpoint_within_an_epoch_can_be_evaluated(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--checkpoint-every", "15steps", "--epochs", "1") == 0
-    assert (
-        run(
-            [
-                "evaluate",
-                str(tmp_path / "run/checkpoints/epoch_00000_step_00000015"),
-                "--device",
-                "cpu",
-                "--subset",
-                "1",
-            ]
-        )
-        == 0
-    )
+    checkpoint = tmp_path / "run/checkpoints/epoch_00000_step_00000015"
+    assert run(["evaluate", str(checkpoint), "--device", "cpu", "--subset", "1"]) == 0
 
 
 def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:

@@ -299,8 +299,8 @@ _ADVICE = """
 
 _CLEAN = """
 Clean data, prototypes of the data set's own images, λ as on decoys. Clothes reach into the corners, which the support
-loss takes from the network: a support that is lower costs less. `pdl` finds nothing that departs, and refuses; what
-`bcpl_l1` costs is in the tables further up.
+loss takes from the network. `pdl` finds nothing that departs, and refuses; what `bcpl_l1` costs is in the tables
+further up.
 
 """.lstrip()
 
