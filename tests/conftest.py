@@ -1,5 +1,6 @@
 """What every test may ask for: a device, a Ray, and the same random numbers each time."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,8 @@ from emulated_cuda_graph import graphs as graphs  # a fixture
 
 # On tensors this small, threads cost far more than they give, most of all on a busy machine.
 torch.set_num_threads(1)
+# Ray starts its workers at a low priority: beside other tests on two cores, trials would all but stand still.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name that Ray reads
 
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

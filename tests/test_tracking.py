@@ -528,7 +528,7 @@ def test_a_stopped_training_keeps_its_exit_status_and_what_was_logged(
     try:
         wait_until(lambda: list(out.glob("wandb/offline-run-*/files/media/images/valid/*.png")), 60)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=20)
+        said, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == status

@@ -1,7 +1,10 @@
-"""What tests of sweeps have in common: short trials, and a look at how they stand."""
+"""What tests of sweeps have in common: short trials, sweeps in this process and others, a look at how they stand."""
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from launching import ROOT, environment
 from safetensors.torch import load_file
 
 from distributed_batchcam.cli import run
@@ -30,6 +34,26 @@ def sweep(*arguments: str) -> int:
     return run(["sweep", "--gpus-per-worker", "0", *arguments])
 
 
+def start(*arguments: str, **extra: str) -> "subprocess.Popen[str]":
+    """`batchcam sweep …` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune.sweep", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(**extra),
+        # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float = 300) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    out, error = process.communicate(timeout=seconds)
+    return process.returncode, out, error
+
+
 def standing(storage: Path) -> dict[str, Any]:
     """sweep.json."""
     return json.loads((storage / "sweep.json").read_text())
@@ -46,6 +70,16 @@ def log_of(storage: Path, trial: dict[str, Any]) -> str:
 def processes_of(log: str) -> list[int]:
     """Process ids of a trial's attempts."""
     return [int(number) for number in re.findall(r"^batchcam: trial \w+ on .+, process (\d+)$", log, re.MULTILINE)]
+
+
+def checkpointed(storage: Path, epoch: int) -> list[Path]:
+    """Run directories with a checkpoint of this epoch or of a later one: all but the newest two are removed."""
+    newest: dict[Path, int] = {}
+    for path in storage.glob("trials/*/checkpoints/epoch_*"):
+        if found := re.fullmatch(r"epoch_(\d+)", path.name):
+            run_dir = path.parents[1]
+            newest[run_dir] = max(newest.get(run_dir, 0), int(found[1]))
+    return [run_dir for run_dir, last in newest.items() if last >= epoch]
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 180) -> Any:

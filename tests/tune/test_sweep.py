@@ -17,6 +17,7 @@ from launching import ROOT, gloo, launch
 from sweeping import (
     SHORT,
     assert_same_run,
+    checkpointed,
     log_of,
     processes_of,
     standing,
@@ -200,8 +201,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     storage = tmp_path / "s"
 
     def kill() -> None:
-        run_dir = wait_for(lambda: next((storage / "trials").iterdir()), "the trial")
-        wait_for(lambda: (run_dir / "checkpoints/epoch_00002").exists(), "a checkpoint")
+        (run_dir,) = wait_for(lambda: checkpointed(storage, 2), "a checkpoint")
         os.kill(processes_of((storage / f"logs/{run_dir.name}.log").read_text())[-1], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -222,8 +222,7 @@ def test_a_killed_rank_of_two_costs_nothing_but_time(tmp_path: Path) -> None:
     storage = tmp_path / "s"
 
     def kill() -> None:
-        run_dir = wait_for(lambda: next((storage / "trials").iterdir()), "the trial")
-        wait_for(lambda: (run_dir / "checkpoints/epoch_00002").exists(), "a checkpoint")
+        (run_dir,) = wait_for(lambda: checkpointed(storage, 2), "a checkpoint")
         (trial,) = processes_of((storage / f"logs/{run_dir.name}.log").read_text())
         workers = psutil.Process(trial).parent().children()
         (rank,) = [worker for worker in workers if "_Rank.train" in " ".join(worker.cmdline())]
