@@ -427,7 +427,7 @@ def test_training_goes_on_when_the_service_of_wandb_is_killed(
     start = time.monotonic()
     tracker.finish({}, tmp_path)
     tracker.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # not the 150 that a service that lives may take
     (warning,) = (record.getMessage() for record in caplog.records)
     assert re.fullmatch(r"tracker wandb failed \(.+\); training goes on, metrics.jsonl has everything", warning)
     assert f"wandb sync {offline_run(tmp_path)}" in capsys.readouterr().out
