@@ -82,14 +82,21 @@ def most_at_a_time(process: "subprocess.Popen[str]", storage: Path) -> int:
     return most
 
 
-def test_trials_are_placed_by_gpu_and_shares_pack(cluster: Any, tmp_path: Path) -> None:
-    space = write_space(tmp_path, {"seed": [0, 1, 2, 3, 4]}, fixed={"epochs": 3})
-    process = on_cluster(cluster, space, tmp_path / "half", "--gpus-per-worker", "0.5")
-    most = most_at_a_time(process, tmp_path / "half")
+@pytest.mark.parametrize(
+    ("flags", "each", "at_a_time"),
+    [(["--gpus-per-worker", "0.5"], "0.5 GPUs", 4), ([], "1 GPU", 2)],
+    ids=["halves", "a GPU per worker where there are any"],
+)
+def test_trials_are_placed_by_gpu_and_shares_pack(
+    flags: list[str], each: str, at_a_time: int, cluster: Any, tmp_path: Path
+) -> None:
+    space = write_space(tmp_path, {"seed": list(range(at_a_time + 1))}, fixed={"epochs": 3})
+    process = on_cluster(cluster, space, tmp_path / "s", *flags)
+    most = most_at_a_time(process, tmp_path / "s")
     status, said, error = finish(process)
     assert status == 0, error
-    assert "each trial has 1 worker with 1 CPU and 0.5 GPUs" in said
-    assert most == 4, "two GPUs hold four halves, never more"
+    assert f"each trial has 1 worker with 1 CPU and {each}" in said
+    assert most == at_a_time, "as many as two GPUs hold, never more"
 
 
 def test_more_gpus_than_any_node_has_are_refused_with_a_line(cluster: Any, tmp_path: Path) -> None:
@@ -120,9 +127,8 @@ def test_a_node_that_dies_costs_its_trials_nothing_but_time(cluster: Any, tmp_pa
     node = node_of(cluster, worker)
     cluster.gpu_nodes.remove(node)
     cluster.remove_node(node, allow_graceful=False)
-    status, said, error = finish(process)
+    status, _, error = finish(process)
     assert status == 0, error
-    assert "each trial has 1 worker with 1 CPU and 1 GPU" in said, "a GPU per worker, where there are any"
     found = {trial["name"]: trial for trial in trials(storage)}
     moved = found.pop(begun)
     assert (moved["state"], moved["attempts"]) == ("finished", 2)
