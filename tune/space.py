@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -191,6 +191,10 @@ class Space(BaseModel):
         for name in values["sample"].keys() & set(names):
             values["sample"][name] = {kind: changed(drawn) for kind, drawn in values["sample"][name].items()}
         return make_space(values, "space")
+
+    def only(self, trials: Iterable[Trial]) -> "Space":
+        """The space of some of its trials, by their names and options the same."""
+        return self.model_copy(update={"grid": {}, "sample": {}, "points": [trial.axes for trial in trials]})
 
     def all_drawn(self) -> "Space":
         """The space with its grid drawn from, too.

@@ -15,7 +15,7 @@ from distributed_batchcam.models import PAPER_MODELS
 from tune.space import Space
 
 from . import stages
-from .collect import collect, evaluate_in_full, read_runs, write_runs
+from .collect import by_trial, collect, evaluate_in_full, read_runs, write_runs
 from .figures import draw_figures
 from .page import write_page
 from .sketches import write_sketches
@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", type=Path, help="folder of MNIST and Fashion-MNIST, downloaded where missing")
     parser.add_argument("--address", help="Ray cluster to join")
     parser.add_argument("--gpus-per-worker", help="share of a GPU for each run")
+    parser.add_argument("--missing", action="store_true", help="run only what docs/results does not hold")
     parser.add_argument("--page-only", action="store_true", help="run nothing: write up what is there")
     options = parser.parse_args(arguments)
     models = options.models or (PAPER_MODELS if torch.cuda.is_available() else PAPER_MODELS[:1])
     further = [("--data-root", options.data_root), ("--address", options.address)]
     further += [("--gpus-per-worker", options.gpus_per_worker)]
-    workshop = Workshop(
-        options.storage, [text for name, value in further if value is not None for text in (name, str(value))]
-    )
+    sweep_options = [text for name, value in further if value is not None for text in (name, str(value))]
+    workshop = Workshop(options.storage, sweep_options, options.missing)
     try:
         if not options.page_only:
             for name in PLAIN.values():  # before anything starts; downloaded here, by one process, where it is missing
@@ -67,9 +67,10 @@ def run_tables(workshop: Workshop, models: Sequence[str]) -> None:
     for table, held_out in (("table_a1", False), ("table_a1_held_out", True)):
         for model in models:
             name = f"{table}-{model}"
-            run_stage(workshop, name, stages.table_space(model, weights, held_out=held_out))
+            space = stages.table_space(model, weights, held_out=held_out)
+            run_stage(workshop, name, space)
             if held_out:
-                explain_first_seed(workshop, name)
+                explain_first_seed(workshop, name, space)
     if len(models) == len(PAPER_MODELS):
         run_stage(workshop, "table_2", stages.large_table_space(weights))
 
@@ -97,20 +98,27 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
         run_stage(workshop, name, stages.decoy_seeds_space(prototypes, choices), prototypes=CLEAN)
 
 
-def explain_first_seed(workshop: Workshop, name: str) -> None:
+def explain_first_seed(workshop: Workshop, name: str, space: Space) -> None:
     """Every figure of explanations for the first seed of each row of a stage."""
     for path in workshop.runs(name):
         if load_run(path).config.seed == stages.SEEDS[0]:
             evaluate_in_full(path)
-    write_runs(RESULTS, name, collect(workshop.runs(name)))
+    record_stage(workshop, name, space)
 
 
 def run_stage(workshop: Workshop, name: str, space: Space, **about: str) -> None:
     """Run a stage; what it finished is kept in docs/results, whatever stopped the rest."""
     try:
-        workshop.run(name, space)
+        workshop.run(name, space, by_trial(space, read_runs(RESULTS, name)) if workshop.missing else ())
     finally:
-        write_runs(RESULTS, name, collect(workshop.runs(name), **about))
+        record_stage(workshop, name, space, **about)
+
+
+def record_stage(workshop: Workshop, name: str, space: Space, **about: str) -> None:
+    """Write docs/results/NAME.json: what was run here, and of trials not run here what the file held of them."""
+    here = by_trial(space, collect(workshop.runs(name), **about))
+    found = by_trial(space, read_runs(RESULTS, name)) | here
+    write_runs(RESULTS, name, [found[trial.id] for trial in space.trials() if trial.id in found])
 
 
 def make_prototypes(folder: Path, data_root: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from distributed_batchcam.checkpoint import write_atomic
 from distributed_batchcam.evaluate_run import EvaluationOptions, evaluate_run
 from distributed_batchcam.measures import FIGURES
+from tune.space import Space
 
 from .decoys import decoy_figures
 from .stages import PLAIN
@@ -29,9 +30,7 @@ def collect(runs: Iterable[Path], **about: Any) -> list[dict[str, Any]]:
 
 def _one(path: Path) -> dict[str, Any]:
     summary = json.loads((path / "summary.json").read_text())
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    # Paths of the machine that the run was made on mean nothing on another: only their last part is kept.
-    config |= {name: Path(config[name]).name for name in _OF_A_MACHINE if isinstance(config.get(name), str)}
+    config = _portable(yaml.safe_load((path / "config.yaml").read_text()))
     found = {**_figures(path), **summary, "config": config, "versions": _versions(summary["torch"])}
     if config["dataset"] in PLAIN:
         found |= decoy_figures(path, PLAIN[config["dataset"]])
@@ -52,6 +51,26 @@ def evaluate_in_full(path: Path) -> None:
 
 def _versions(torch: str) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "torch": torch}
+
+
+def by_trial(space: Space, runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Runs by the id of the trial of a space that they are of, in the order of its trials; the others are left out."""
+    found = {}
+    known = list(runs)
+    for trial in space.trials():
+        options = _portable(trial.options)
+        for run in known:
+            if all(run["config"].get(name) == value for name, value in options.items()):
+                found[trial.id] = run
+    return found
+
+
+def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths of the machine that a run was made on mean nothing on another: only their last part is kept."""
+    return {
+        name: Path(value).name if name in _OF_A_MACHINE and isinstance(value, str) else value
+        for name, value in options.items()
+    }
 
 
 def write_runs(folder: Path, name: str, runs: list[dict[str, Any]]) -> None:

@@ -61,7 +61,10 @@ _INTRODUCTION = """
 
 `make reproduce` runs everything on this page that the machine can (`make reproduce-cpu` the SimpleCNN rows alone), goes
 on where it was stopped, and writes the page from [docs/results](results), where each run stands with its
-summary, configuration and versions. Accuracies are in percent, mean ± standard deviation (number of seeds).
+summary, configuration and versions until it is made anew. `python -m benchmarks.reproduce --missing` makes only those
+that do not stand there, such as what the last machine could not.
+
+Accuracies are in percent, mean ± standard deviation (number of seeds).
 """
 
 

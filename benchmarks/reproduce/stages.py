@@ -1,7 +1,7 @@
 """What is run: each stage is a sweep in a folder of its own, which goes on where it stopped."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -33,9 +33,13 @@ class Workshop:
     storage: Path
     sweep_options: Sequence[str] = field(default=())
     """Further options of `batchcam sweep`: --address, --gpus-per-worker, --data-root."""
+    missing: bool = False
+    """Whether what docs/results holds need not be run."""
 
-    def run(self, name: str, space: Space) -> None:
+    def run(self, name: str, space: Space, elsewhere: Collection[str] = ()) -> None:
         """Run what is left of a stage; one that has come to more trials since it was begun keeps those it has.
+
+        Trials whose id is in `elsewhere` are there already, and not begun.
 
         Raises:
             InputError: the stage was begun with trials that are none of it now, or trials of it failed.
@@ -43,12 +47,16 @@ class Workshop:
         folder = self.storage / name
         trials = space.trials()
         record = SweepRecord.load(Storage.at(str(folder))) if folder.is_dir() else None
+        begun = set(record.trials) if record else set()
+        left = [trial for trial in trials if trial.id in begun or trial.id not in elsewhere]
+        if len(left) < len(trials):
+            space = space.only(left)
         if record is not None and record.space != space:
-            if not record.trials.keys() <= {trial.id for trial in trials}:
+            if not begun <= {trial.id for trial in left}:
                 raise InputError(f"{folder} was begun with other trials: move it away, or name another --storage")
             record.space = space
             record.save(Storage.at(str(folder)))
-        done = 0 if record is None else record.count("finished")
+        done = (0 if record is None else record.count("finished")) + len(trials) - len(left)
         print(f"batchcam: stage {name}: {done} of {len(trials)} runs are there", flush=True)
         if done == len(trials):
             return

@@ -1,6 +1,7 @@
 """The reproduction: rules, figures and page against runs made up by hand; stages by what they expand to."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.reproduce import __main__ as reproduce
 from benchmarks.reproduce import stages
-from benchmarks.reproduce.collect import collect, write_runs
+from benchmarks.reproduce.collect import by_trial, collect, read_runs, write_runs
 from benchmarks.reproduce.decoys import decoy_figures, wrong_reason_score
 from benchmarks.reproduce.page import write_page
 from benchmarks.reproduce.sketches import write_sketches
@@ -24,7 +25,7 @@ from distributed_batchcam.errors import InputError
 from distributed_batchcam.models import PAPER_MODELS
 from distributed_batchcam.report.paper import paper_table
 from tune.record import SweepRecord
-from tune.space import Space
+from tune.space import Space, read_space
 from tune.storage import Storage
 
 Run = dict[str, Any]
@@ -150,6 +151,26 @@ def test_a_stage_is_begun_once_then_resumed_and_left_alone_when_done(
         workshop.run("stage", space)
 
 
+def test_what_is_recorded_elsewhere_need_not_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(cli, "run", lambda arguments: calls.append(arguments) or 0)
+    space = Space(fixed={"dataset": "digits"}, grid={"seed": [0, 1, 2]})
+    ids = [trial.id for trial in space.trials()]
+    workshop = Workshop(tmp_path)
+    workshop.run("stage", space, elsewhere=ids)
+    assert calls == []
+    workshop.run("stage", space, elsewhere=ids[:1])
+    begun = read_space(str(tmp_path / "stage.yaml"))
+    assert [trial.id for trial in begun.trials()] == ids[1:]
+    # What was begun here is finished here, whoever else has it by then.
+    _record(tmp_path / "stage", begun, done=1)
+    workshop.run("stage", space, elsewhere=ids)
+    assert [call[1] for call in calls] == ["--space", "--resume"]
+    _record(tmp_path / "stage", begun, done=2)
+    workshop.run("stage", space, elsewhere=ids[:1])
+    assert len(calls) == 2
+
+
 def _record(folder: Path, space: Space, done: int) -> None:
     record = SweepRecord("id", space, {})
     for number, trial in enumerate(space.trials()):
@@ -216,6 +237,39 @@ def test_what_is_kept_of_a_run_names_no_folder_of_the_machine(decoyed: Path, tmp
     assert run["prototypes"] == "clean"
     assert {"python", "torch", "timm"} <= run["versions"].keys()
     assert str(tmp_path.parent) not in json.dumps(run)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_file_keeps_what_it_held_of_trials_that_were_not_run_here(
+    missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"dataset": "decoy_digits", "epochs": 2, "batch_size": 64, "objective": "baseline", "masks": "/a/b"}
+    space = Space(fixed=options, grid={"seed": [0, 1]})
+    second = space.trials()[1]
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    elsewhere: Run = {"config": {**options, "masks": "b", "seed": 1}, "test_accuracy": 1.0}
+    of_another_stage: Run = {"config": {**elsewhere["config"], "epochs": 3}}
+    write_runs(tmp_path, "stage", [of_another_stage, elsewhere])
+    here: Run = {"config": {**options, "masks": "b", "seed": 0}, "test_accuracy": 2.0}
+    monkeypatch.setattr(reproduce, "collect", lambda runs, **about: [here | about])
+    asked: list[set[str]] = []
+
+    def stopped(workshop: Workshop, name: str, space: Space, there: Collection[str]) -> None:
+        asked.append(set(there))
+        raise InputError("stopped")
+
+    monkeypatch.setattr(Workshop, "run", stopped)
+    with pytest.raises(InputError, match="stopped"):
+        reproduce.run_stage(Workshop(tmp_path / "runs", missing=missing), "stage", space, prototypes="clean")
+    assert asked == [{second.id} if missing else set()]
+    assert read_runs(tmp_path, "stage") == [{**here, "prototypes": "clean"}, elsewhere]
+
+
+def test_a_run_is_known_by_the_trial_that_it_is_of(decoyed: Path) -> None:
+    options = {"dataset": "decoy_digits", "epochs": 2, "batch_size": 64, "objective": "baseline"}
+    space = Space(fixed=options, grid={"seed": [1, 0]})
+    runs = collect([decoyed])
+    assert by_trial(space, runs) == {space.trials()[1].id: runs[0]}
 
 
 # Prototypes and sketches ---------------------------------------------------------------------------------

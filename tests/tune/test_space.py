@@ -35,6 +35,19 @@ def test_an_option_held_fast_leaves_the_points() -> None:
         space.all_drawn()
 
 
+def test_some_trials_of_a_space_are_the_same_by_themselves() -> None:
+    space = Space(
+        fixed={"epochs": 2, "target_layer": None},
+        grid={"objective": ["baseline", "psl"], "seed": [0, 1]},
+        sample={"weight": {"uniform": [1, 2]}},
+        overrides=[{"when": {"objective": "psl"}, "set": {"support": 0.1}}],
+    )
+    trials = space.trials()
+    some = [trials[0], trials[3]]
+    assert space.only(some).trials() == some
+    assert [trial.name for trial in space.only(some).trials()] == [trial.name for trial in some]
+
+
 def test_texts_are_changed_wherever_they_stand() -> None:
     space = Space(
         fixed={"masks": "a", "dataset": "mnist", "pretrained": True},
