@@ -49,7 +49,11 @@ def _packages() -> Iterator[Check]:
 def _devices() -> Iterator[Check]:
     import torch
 
+    from .runtime import EMULATED_BF16, emulates_bf16
+
     yield Check("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    if emulates_bf16(torch.device("cpu")):
+        yield Check("bf16 on the cpu", "", EMULATED_BF16)
     remedy = (
         f"torch {torch.__version__} sees no GPU; training runs on the CPU"
         if torch.version.cuda

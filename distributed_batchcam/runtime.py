@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+EMULATED_BF16 = "this CPU has no bfloat16 arithmetic and only emulates it: --precision no is many times as fast"
 SHARED_STORE = (
     "restarted processes may not meet: launch with --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 )
@@ -113,6 +114,11 @@ def _shares_store_with_restarts() -> bool:
 
 def _on_one_machine() -> bool:
     return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is emulated, at a tenth of the speed of float32: by x86 CPUs without AVX-512."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
 
 
 def describe(accelerator: "Accelerator") -> str:

@@ -34,10 +34,12 @@ from .results import Results, model_metadata, write_identity, write_pictures
 from .run_data import facts_of, load_run_data, run_masks, run_prototypes
 from .run_directory import RunDirectory
 from .runtime import (
+    EMULATED_BF16,
     SHARED_STORE,
     average_buffers,
     decided_by_main,
     describe,
+    emulates_bf16,
     restarts_may_not_meet,
     start_accelerator,
 )
@@ -85,6 +87,8 @@ def _train(config: RunConfig, on_epoch: Callable[[dict[str, Any]], None] | None)
         print(f"batchcam: {describe(accelerator)}", flush=True)
         if restarts_may_not_meet():
             _warn(SHARED_STORE)
+        if config.precision == "bf16" and emulates_bf16(accelerator.device):
+            _warn(EMULATED_BF16)
     run_dir = decided_by_main(accelerator, lambda: RunDirectory.choose(config))
     if config.debug:
         torch.use_deterministic_algorithms(True)

@@ -17,6 +17,7 @@ from distributed_batchcam.cli import run
 from distributed_batchcam.config import RunConfig, make_config
 from distributed_batchcam.data import load_data, load_prototypes, random_selection, save_prototype_images
 from distributed_batchcam.errors import InputError
+from distributed_batchcam.runtime import EMULATED_BF16
 from distributed_batchcam.trainer import _allow_double_backward
 
 
@@ -285,6 +286,20 @@ def test_doctor_says_what_is_there_and_what_to_do_about_the_rest(
     assert any(line.startswith("ok       torch: ") for line in lines)
     assert any(line.startswith("missing  data: mnist: not in") for line in lines)
     assert all(line.startswith(("ok       ", "missing  ")) for line in lines)
+
+
+@pytest.mark.parametrize(("capability", "emulated"), [("AVX2", True), ("AVX512", False), ("SVE256", False)])
+def test_bf16_on_a_cpu_that_only_emulates_it_is_said_to_be_slow(
+    capability: str, emulated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    options = ["train", "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--precision"]
+    assert run([*options, "bf16", "--out", str(tmp_path / "bf16")]) == 0
+    assert (EMULATED_BF16 in capsys.readouterr().err) == emulated
+    assert run([*options, "no", "--out", str(tmp_path / "no")]) == 0
+    assert EMULATED_BF16 not in capsys.readouterr().err
+    assert run(["doctor"]) == 0
+    assert (f"missing  bf16 on the cpu: {EMULATED_BF16}" in capsys.readouterr().out) == emulated
 
 
 def test_a_traceback_never_reaches_a_user_with_bad_input() -> None:

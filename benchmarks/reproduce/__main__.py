@@ -12,6 +12,7 @@ from distributed_batchcam.data import dataset_prototypes, load_data, random_sele
 from distributed_batchcam.errors import InputError
 from distributed_batchcam.explanation_files import NewFolder
 from distributed_batchcam.models import PAPER_MODELS
+from distributed_batchcam.runtime import emulates_bf16
 from tune.space import Space
 
 from . import stages
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     further = [("--data-root", options.data_root), ("--address", options.address)]
     further += [("--gpus-per-worker", options.gpus_per_worker)]
     sweep_options = [text for name, value in further if value is not None for text in (name, str(value))]
-    workshop = Workshop(options.storage, sweep_options, options.missing)
+    # Of a cluster's machines this one says nothing.
+    device = torch.device("cuda" if options.address or torch.cuda.is_available() else "cpu")
+    workshop = Workshop(options.storage, sweep_options, options.missing, float32=emulates_bf16(device))
     try:
         if not options.page_only:
             for name in PLAIN.values():  # before anything starts; downloaded here, by one process, where it is missing
@@ -108,6 +111,7 @@ def explain_first_seed(workshop: Workshop, name: str, space: Space) -> None:
 
 def run_stage(workshop: Workshop, name: str, space: Space, **about: str) -> None:
     """Run a stage; what it finished is kept in docs/results, whatever stopped the rest."""
+    space = workshop.suited(space)
     try:
         workshop.run(name, space, by_trial(space, read_runs(RESULTS, name)) if workshop.missing else ())
     finally:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from distributed_batchcam.checkpoint import write_atomic
 from distributed_batchcam.evaluate_run import EvaluationOptions, evaluate_run
 from distributed_batchcam.measures import FIGURES
+from distributed_batchcam.run_directory import FREE_ON_RESUME
 from tune.space import Space
 
 from .decoys import decoy_figures
@@ -54,13 +55,16 @@ def _versions(torch: str) -> dict[str, str]:
 
 
 def by_trial(space: Space, runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Runs by the id of the trial of a space that they are of, in the order of its trials; the others are left out."""
+    """Runs by the id of the trial of a space that they are of, in the order of its trials; the others are left out.
+
+    Device, precision and the like, which may differ between a run and its continuation too, make no other trial.
+    """
     found = {}
     known = list(runs)
     for trial in space.trials():
         options = _portable(trial.options)
         for run in known:
-            if all(run["config"].get(name) == value for name, value in options.items()):
+            if all(run["config"].get(name) == value for name, value in options.items() if name not in FREE_ON_RESUME):
                 found[trial.id] = run
     return found
 

@@ -35,6 +35,12 @@ class Workshop:
     """Further options of `batchcam sweep`: --address, --gpus-per-worker, --data-root."""
     missing: bool = False
     """Whether what docs/results holds need not be run."""
+    float32: bool = False
+    """Whether to run in float32 what the recipes have in bfloat16."""
+
+    def suited(self, space: Space) -> Space:
+        """The space as it is run here."""
+        return space.with_fixed({"precision": "no"}) if self.float32 else space
 
     def run(self, name: str, space: Space, elsewhere: Collection[str] = ()) -> None:
         """Run what is left of a stage; one that has come to more trials since it was begun keeps those it has.

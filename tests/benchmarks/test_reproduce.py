@@ -114,6 +114,13 @@ def test_decoys_have_ten_prototypes_where_the_objective_looks_at_any(tmp_path: P
     assert {(trial.options["dataset"], trial.options["support"]) for trial in clean} == {("mnist", 0.01)}
 
 
+def test_recipes_in_bf16_run_in_float32_where_it_is_only_emulated(tmp_path: Path) -> None:
+    space = stages.table_space("simple_cnn", dict.fromkeys(stages.EXPLAINING, 0.5), held_out=True)
+    assert {trial.options["precision"] for trial in Workshop(tmp_path).suited(space).trials()} == {"bf16"}
+    trials = Workshop(tmp_path, float32=True).suited(space).trials()
+    assert [trial.options for trial in trials] == [{**t.options, "precision": "no"} for t in space.trials()]
+
+
 def test_a_stage_is_begun_once_then_resumed_and_left_alone_when_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,10 +273,12 @@ def test_the_file_keeps_what_it_held_of_trials_that_were_not_run_here(
 
 
 def test_a_run_is_known_by_the_trial_that_it_is_of(decoyed: Path) -> None:
-    options = {"dataset": "decoy_digits", "epochs": 2, "batch_size": 64, "objective": "baseline"}
+    options = {"dataset": "decoy_digits", "epochs": 2, "batch_size": 64, "objective": "baseline", "precision": "bf16"}
     space = Space(fixed=options, grid={"seed": [1, 0]})
     runs = collect([decoyed])
+    assert runs[0]["config"]["precision"] == "no"  # of another machine, but the same run
     assert by_trial(space, runs) == {space.trials()[1].id: runs[0]}
+    assert by_trial(space.with_fixed({"epochs": 3}), runs) == {}
 
 
 # Prototypes and sketches ---------------------------------------------------------------------------------
