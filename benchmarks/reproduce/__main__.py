@@ -79,7 +79,7 @@ def run_tables(workshop: Workshop, models: Sequence[str]) -> None:
 
 
 def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
-    """λ for each objective, five seeds of what the rules chose, other prototypes, clean data."""
+    """λ for each objective, five seeds of what the rules chose, other prototypes, clean data, another precision."""
     prototypes = workshop.storage / "prototypes"
     make_prototypes(prototypes, data_root)
     run_stage(workshop, "decoy_weights", stages.decoy_weights_space(prototypes), prototypes=CLEAN)
@@ -99,6 +99,7 @@ def run_decoys(workshop: Workshop, data_root: Path | None) -> None:
     others = [choice for choice in chosen if choice not in headline]
     for name, choices in (("decoy_seeds", headline), ("decoy_other_seeds", others)):
         run_stage(workshop, name, stages.decoy_seeds_space(prototypes, choices), prototypes=CLEAN)
+    run_stage(workshop, "decoy_float32", stages.decoy_float32_space(prototypes, support), prototypes=CLEAN)
 
 
 def explain_first_seed(workshop: Workshop, name: str, space: Space) -> None:

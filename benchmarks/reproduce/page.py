@@ -250,8 +250,9 @@ def _decoys(results: Path) -> list[str]:
             "### What it costs where nothing misleads\n\n" + _CLEAN + _markdown(["data set", "objective", "test"], rows)
         )
     parts.append(_goals(along, runs, others))
+    parts.append(_precisions(runs, read_runs(results, "decoy_float32")))
     parts.append("### What the models look at on decoys\n\n" + _pictures(results, "decoy_mnist", "decoy_fashion_mnist"))
-    return [*parts, _ADVICE, *_exploration(results)]
+    return [*(part for part in parts if part), _ADVICE, *_exploration(results)]
 
 
 _DECOYS = """
@@ -422,11 +423,7 @@ def _beside_masks(by_rule: Mapping[str, Sequence[Chosen]], runs: Sequence[Run]) 
         }
 
     def difference(dataset: str, objective: str, chosen: Sequence[Chosen]) -> str:
-        ours, masks = (by_seed(dataset, name, chosen) for name in (objective, "rrr"))
-        differences = [ours[seed] - masks[seed] for seed in sorted(ours.keys() & masks.keys())]
-        if len(differences) < 2:
-            return "not run"
-        return f"{mean(differences):+.2f}, {stdev(differences) / len(differences) ** 0.5:.2f} ({len(differences)})"
+        return _paired(by_seed(dataset, objective, chosen), by_seed(dataset, "rrr", chosen))
 
     rows = [
         [dataset, f"`{objective}`", *(difference(dataset, objective, chosen) for chosen in by_rule.values())]
@@ -441,6 +438,47 @@ _GOALS = (
     + "; ".join(f"{dataset} {goal}, with ten images a class {GOALS_TEN[dataset]}" for dataset, goal in GOALS.items())
     + ". Bold: reached; in italics: above the goal, but of fewer seeds. `rrr` has a mask for every image."
 )
+
+
+def _precisions(runs: Sequence[Run], in_float32: Sequence[Run]) -> str:
+    """Which runs are not in bfloat16, and what that changes, seed by seed."""
+    keys = ("dataset", "objective", "weight")
+    plain, in_bfloat16 = (
+        _grouped((run for run in runs if run["config"]["precision"] == name), *keys) for name in ("no", "bf16")
+    )
+    rows = []
+    for key, group in _grouped(in_float32, *keys).items():
+        dataset, objective, weight = key
+        others = in_bfloat16.get(key, [])
+        cells = [dataset, f"`{objective}`", f"{weight:g}"]
+        for name, decimals in (("test_accuracy", 2), ("class_cam_ssim", 3)):
+            ours, theirs = ({run["seed"]: float(run[name]) for run in some} for some in (group, others))
+            cells.append(_paired(ours, theirs, decimals))
+        rows.append(cells)
+    named = [
+        f"`{objective}`{'' if objective == 'baseline' else f' at {weight:g}'} on {dataset} ({len(group)})"
+        for (dataset, objective, weight), group in plain.items()
+    ]
+    parts = []
+    if named:
+        parts.append(
+            "The recipe is in bfloat16. A machine whose CPU only emulates it ran some seeds in float32: "
+            + ", ".join(named)
+            + "."
+        )
+    if rows:
+        parts.append("Float32 less bfloat16, seed by seed: mean difference, its standard error (number of pairs).")
+        parts.append(_markdown(["data set", "objective", "λ", "decoyed test", "class SSIM"], rows))
+    return "\n\n".join(["### Precision", *parts]) if parts else ""
+
+
+def _paired(ours: Mapping[int, float], theirs: Mapping[int, float], decimals: int = 2) -> str:
+    """Mean and standard error of the differences of two by seed."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if len(differences) < 2:
+        return NOT_RUN
+    error = stdev(differences) / len(differences) ** 0.5
+    return f"{mean(differences):+.{decimals}f}, {error:.{decimals}f} ({len(differences)})"
 
 
 def _judged(goal: float, figure: Figure | None) -> str:

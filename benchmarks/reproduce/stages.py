@@ -160,6 +160,11 @@ def decoy_prototypes_space(prototypes: Path, kind: str, chosen: Sequence[Chosen]
     return _decoy_space([_point(choice) for choice in chosen], {"seed": DECOY_SEEDS}, prototypes, kind)
 
 
+def decoy_float32_space(prototypes: Path, chosen: Sequence[Chosen]) -> Space:
+    """All seeds with prototypes of clean images, in float32 whatever the recipe says."""
+    return decoy_prototypes_space(prototypes, CLEAN, chosen).with_fixed({"precision": "no"})
+
+
 def clean_space(chosen: Sequence[Chosen]) -> Space:
     """The same objectives on the clean data sets: what do they cost where nothing misleads?"""
     points = [{**_point(choice), "dataset": PLAIN[choice.dataset]} for choice in chosen]

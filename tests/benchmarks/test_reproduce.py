@@ -351,7 +351,7 @@ def test_the_page_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
     assert "The decoy benchmark was not run yet." in text
 
 
-def run_of_seed(objective: str, seed: int, test: float) -> Run:
+def run_of_seed(objective: str, seed: int, test: float, precision: str = "bf16") -> Run:
     return {
         **decoy_run(objective, 0.1, 95, 90, 0.1),
         "seed": seed,
@@ -361,6 +361,8 @@ def run_of_seed(objective: str, seed: int, test: float) -> Run:
         "wrong_reason": 10.0,
         "dropped_maps": 1,
         "prototypes": "clean",
+        "class_cam_ssim": 0.5,
+        "config": {"precision": precision},
     }
 
 
@@ -373,6 +375,19 @@ def test_ten_prototypes_are_held_against_a_mask_per_image_seed_by_seed(tmp_path:
     text = write_page(results).read_text()
     # Differences 1, 0 and 0.5.
     assert f"| decoy_mnist | `{ours}` | +0.50, 0.29 (3) | +0.50, 0.29 (3) | +0.50, 0.29 (3) |" in text
+
+
+def test_the_page_names_runs_in_float32_and_holds_them_against_bfloat16(tmp_path: Path) -> None:
+    results, run = tmp_path / "docs" / "results", run_of_seed
+    write_runs(results, "decoy_weights", [run("baseline", 0, 60), run("psl", 0, 98)])
+    assert "### Precision" not in write_page(results).read_text()
+    write_runs(results, "decoy_seeds", [run("psl", 1, 97), run("psl", 2, 99, "no"), run("baseline", 1, 60, "no")])
+    in_float32 = [run("psl", seed, test, "no") for seed, test in ((0, 98.5), (1, 98.5), (2, 99))]
+    write_runs(results, "decoy_float32", in_float32)
+    text = write_page(results).read_text()
+    assert "ran some seeds in float32: `psl` at 0.1 on decoy_mnist (1), `baseline` on decoy_mnist (1)." in text
+    # Differences 0.5 and 1.5; seed 2 has no partner in bfloat16.
+    assert "| decoy_mnist | `psl` | 0.1 | +1.00, 0.50 (2) | +0.000, 0.000 (2) |" in text
 
 
 @pytest.mark.parametrize("reached", [True, False])
