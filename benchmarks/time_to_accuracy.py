@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distributed_batchcam.runtime import emulates_bf16
+
 from .timing import Bar, Spread, Table, argument_parser, choose_device, report
 
 MODEL = "simple_cnn"
-RECIPE = ("--precision", "bf16", "--channels-last")
 POLL_SECONDS = 0.02
 
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--accuracy", type=float, help="percent, instead of the paper's best")
     options, further = parser.parse_known_args(arguments)
     device = choose_device(parser, options.device)
+    common = ("--precision", "no" if emulates_bf16(device) else "bf16", "--channels-last")
 
     tables, bars, accuracies = [], [], {}
     for dataset in options.datasets:
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for objective in options.objectives:
                 command = [
                     *("--dataset", dataset, "--model", MODEL, "--objective", objective, "--seed", str(seed)),
-                    *("--valid-size", "0", "--device", device.type, *RECIPE, *goal.recipe, *further),
+                    *("--valid-size", "0", "--device", device.type, *common, *goal.recipe, *further),
                 ]
                 found[objective].append(run(command, accuracy, options.threads))
         seconds = {objective: [outcome.seconds for outcome in outcomes] for objective, outcomes in found.items()}
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for objective, outcomes in found.items()
         ]
-    recipes = {dataset: [*RECIPE, *GOALS[dataset].recipe, *further] for dataset in options.datasets}
+    recipes = {dataset: [*common, *GOALS[dataset].recipe, *further] for dataset in options.datasets}
     report(
         "time_to_accuracy",
         options,

@@ -275,7 +275,8 @@ def report(
         further: entries that the file is to hold besides.
     """
     hardware, versions = _hardware(device), _versions(packages)
-    print(f"{hardware['cpu']}, {hardware['cores']} cores, {options.threads} threads; GPU: {hardware['gpu'] or 'none'}")
+    cpu = "{cpu} with {instructions}, {cores} cores".format(**hardware)
+    print(f"{cpu}, {options.threads} threads; GPU: {hardware['gpu'] or 'none'}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for table in tables:
         print(f"\n{table.text()}")
@@ -314,6 +315,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 

@@ -49,6 +49,7 @@ def check(document: dict[str, Any]) -> None:
     assert document["threads"] == 1
     assert document["hardware"]["cpu"]
     assert document["hardware"]["cores"] == os.cpu_count()
+    assert document["hardware"]["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert {"python", "torch", "timm", "distributed_batchcam"} <= document["versions"].keys()
     for table in document["tables"]:
         assert table["reference"] == table["rows"][0]["name"]
@@ -354,6 +355,7 @@ def test_time_to_accuracy_gives_each_round_a_seed_and_judges_the_share_that_arri
         return time_to_accuracy.Outcome(10.0 + len(commands), len(commands) != 4, 98.0 + len(commands))
 
     monkeypatch.setattr(time_to_accuracy, "run", run_one)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     path = tmp_path / "seconds.json"
     time_to_accuracy.main(["--rounds", "2", "--datasets", "mnist", "--device", "cpu", "--json", str(path)])
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -362,7 +364,10 @@ def test_time_to_accuracy_gives_each_round_a_seed_and_judges_the_share_that_arri
     assert [bar["measured"] for bar in document["bars"]] == [1.0, 0.5]
     assert [bar["passed"] for bar in document["bars"]] == [True, False]
     assert document["last_accuracy"]["mnist"]["baseline"]["max"] == 101.0
+    assert {command[command.index("--precision") + 1] for command in commands} == {"bf16"}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     time_to_accuracy.main(["--rounds", "2", "--datasets", "mnist", "--device", "cpu", "--json", str(path), "--lr", "1"])
+    assert commands[-1][commands[-1].index("--precision") + 1] == "no"
     assert commands[-1][-2:] == ["--lr", "1"]
     document = json.loads(path.read_text(encoding="utf-8"))
     assert {bar["passed"] for bar in document["bars"]} == {"not measured"}, "not the recipe"
