@@ -17,7 +17,6 @@ from tune.storage import TRIALS, Storage
 
 from .weights import Chosen
 
-SPACES = Path(__file__).with_name("spaces")
 EXPLAINING = ("pl_l1", "pl_l2", "pl_ssim", "bcpl_l1", "bcpl_l2", "bcpl_ssim")
 SEEDS = [0, 1, 2]
 DECOY_SEEDS = [0, 1, 2, 3, 4]
@@ -87,8 +86,14 @@ class Workshop:
 
 
 def weights_space() -> Space:
-    """λ by decades for each objective, on images held out of Fashion-MNIST, with `simple_cnn`."""
-    return read_space(str(SPACES / "weights.yaml"))
+    """The space `lambda` by the tables' recipe: which λ does each objective get, and what does it cost in accuracy?"""
+    return read_space("lambda").with_fixed({**_recipe(), "valid_size": HELD_OUT})
+
+
+def _recipe() -> Options:
+    """The tables' recipe for `simple_cnn`, but for λ."""
+    options = read_space("paper").trial({"model": "simple_cnn"}).options
+    return {name: value for name, value in options.items() if name != "weight"}
 
 
 def table_space(model: str, weights: dict[str, float], *, held_out: bool) -> Space:
@@ -177,8 +182,6 @@ def _point(choice: Chosen) -> Options:
 
 
 def _decoy_space(points: list[Options], grid: dict[str, list[Any]], prototypes: Path, kind: str) -> Space:
-    recipe = dict(read_space("paper").trial({"model": "simple_cnn"}).options)
-    del recipe["weight"]
     with_margin = [name for name in DECOY_WEIGHTS if "psl_margin" in name]
     by_dataset = [
         {"when": {"dataset": decoy}, "set": {"prototypes": os.path.abspath(prototypes / f"{plain}-{kind}")}}
@@ -187,7 +190,7 @@ def _decoy_space(points: list[Options], grid: dict[str, list[Any]], prototypes: 
     supports = [([decoy, PLAIN[decoy]], support) for decoy, support in _DECOY_SUPPORT.items()]
     return make_space(
         {
-            "fixed": {**recipe, "valid_size": HELD_OUT, "epochs": _DECOY_EPOCHS},
+            "fixed": {**_recipe(), "valid_size": HELD_OUT, "epochs": _DECOY_EPOCHS},
             "grid": grid,
             "points": points,
             "overrides": [

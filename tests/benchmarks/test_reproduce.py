@@ -93,6 +93,19 @@ def test_the_tables_hold_every_row_of_the_paper_with_three_seeds() -> None:
             assert len(recipes) == 1
 
 
+def test_weights_are_tried_by_the_recipe_of_the_tables() -> None:
+    trials = stages.weights_space().trials()
+    tried = {objective: [t for t in trials if t.options["objective"] == objective] for objective in stages.EXPLAINING}
+    weights = read_space("lambda").grid["weight"]
+    assert all([trial.options["weight"] for trial in some] == weights for some in tried.values())
+    assert len(trials) == 1 + len(weights) * len(tried)
+    table = stages.table_space("simple_cnn", dict.fromkeys(stages.EXPLAINING, 10.0), held_out=True)
+    options = [trial.options for trial in table.trials()]
+    assert [trial.options for trial in trials if trial.options.get("weight") == 10.0] == [
+        *(o for o in options if (o["dataset"], o["seed"]) == ("fashion_mnist", 0) and o["objective"] != "baseline")
+    ]
+
+
 def test_decoys_have_ten_prototypes_where_the_objective_looks_at_any(tmp_path: Path) -> None:
     trials = stages.decoy_weights_space(tmp_path).trials()
     assert {trial.options["dataset"] for trial in trials} == {"decoy_mnist", "decoy_fashion_mnist"}
