@@ -88,6 +88,8 @@ def _tables(results: Path) -> list[str]:
             + " whose validation accuracy is within 0.2 points of the objective's best. It serves both data sets and "
             "all models: " + ", ".join(f"`{name}` {weight:g}" for name, weight in chosen.items()) + "."
         )
+        if older := {r["objective"] for r in (*first, *second, *large) if _weight(r) != chosen.get(r["objective"], 0)}:
+            parts.append(f"Run at a λ of an earlier choice: {', '.join(f'`{name}`' for name in sorted(older))}.")
     parts.append(_accuracies([*first, *large], [*second]))
     parts.append(_verdict(first, second))
     parts.append(_explanations(results, second or first))
@@ -115,13 +117,15 @@ def _accuracies(first: Sequence[Run], second: Sequence[Run]) -> str:
         ours = Figure.of(run["best_valid_accuracy"] for run in one[setting])
         honest = Figure.of(run["best_test_accuracy"] for run in two[setting])
         reached = "" if ours is None else ("yes" if ours.mean >= paper else f"{ours.mean - paper:+.2f}")
+        weights = sorted({_weight(run) for run in (*one[setting], *two[setting])} - {0.0})
         rows.append(
             [
-                *(f"`{setting.model}`", f"{setting.dataset}", f"`{setting.objective}`", str(setting.image_size)),
+                *(f"`{setting.model}`", f"{setting.dataset}", f"`{setting.objective}`"),
+                *(", ".join(f"{weight:g}" for weight in weights), str(setting.image_size)),
                 *(f"{paper:.2f}", _text(ours), reached, _text(honest)),
             ]
         )
-    head = ["model", "data set", "objective", "pixels", "paper", "protocol one", "at or above", "protocol two"]
+    head = ["model", "data set", "objective", "λ", "pixels", "paper", "protocol one", "at or above", "protocol two"]
     return _markdown(head, rows)
 
 

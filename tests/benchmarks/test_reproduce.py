@@ -354,14 +354,27 @@ def test_the_page_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
     write_runs(results, "table_a1-simple_cnn", first)
     write_runs(results, "table_a1_held_out-simple_cnn", [table_run("baseline", 0, 98, 98.85)])
     text = write_page(results).read_text()
-    assert "| `simple_cnn` | mnist | `baseline` | 28 | 98.92 | 99.10 ± 0.10 (3) | yes | 98.85 (1) |" in text
-    assert "| `simple_cnn` | mnist | `bcpl_l1` | 28 | 99.00 | 98.90 ± 0.00 (3) | -0.10 | not run |" in text
-    assert "| `resnet18` | mnist | `baseline` | 28 | 99.61 | not run |  | not run |" in text
+    assert "| `simple_cnn` | mnist | `baseline` |  | 28 | 98.92 | 99.10 ± 0.10 (3) | yes | 98.85 (1) |" in text
+    assert "| `simple_cnn` | mnist | `bcpl_l1` | 0.1 | 28 | 99.00 | 98.90 ± 0.00 (3) | -0.10 | not run |" in text
+    assert "| `resnet18` | mnist | `baseline` |  | 28 | 99.61 | not run |  | not run |" in text
     assert (
         "`simple_cnn`: 2 of 14 rows run under protocol one, 1 at or above the paper; 1 under protocol two, 1 no" in text
     )
     assert "differences from the baseline's 99.10 ± 0.10 (3): `bcpl_l1` -0.20." in text
     assert "The decoy benchmark was not run yet." in text
+
+
+def test_the_page_names_what_has_another_weight_than_was_chosen(tmp_path: Path) -> None:
+    results = tmp_path / "docs" / "results"
+    write_runs(results, "table_a1-simple_cnn", [table_run(name, 0, 99, 98) for name in ("baseline", "bcpl_l1")])
+    tried = {"dataset": "fashion_mnist", "best_valid_accuracy": 92.0}
+    baseline, chosen = table_run("baseline", 0, 91, 91), table_run("bcpl_l1", 0, 92, 92)
+    write_runs(results, "weights", [baseline | tried, chosen | tried])
+    assert "earlier choice" not in write_page(results).read_text()
+    write_runs(results, "weights", [baseline | tried, chosen | tried, chosen | tried | {"weight": 0.3}])
+    text = write_page(results).read_text()
+    assert "the largest of 0.1, 0.3 whose validation accuracy" in text
+    assert "Run at a λ of an earlier choice: `bcpl_l1`." in text
 
 
 def run_of_seed(objective: str, seed: int, test: float, precision: str = "bf16") -> Run:
