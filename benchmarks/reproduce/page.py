@@ -85,8 +85,10 @@ def _tables(results: Path) -> list[str]:
             "λ is chosen in the space [lambda](../tune/spaces/lambda.yaml), by this recipe, on Fashion-MNIST with "
             "`simple_cnn`, 5,000 training images held out, one seed: the largest of "
             + ", ".join(f"{weight:g}" for weight in tried)
-            + " whose validation accuracy is within 0.2 points of the objective's best. It serves both data sets and "
-            "all models: " + ", ".join(f"`{name}` {weight:g}" for name, weight in chosen.items()) + "."
+            + " whose validation accuracy is within one standard error of the objective's best, √(p·(1 - p)/5,000) or "
+            "about 0.4 points. It serves both data sets and all models: "
+            + ", ".join(f"`{name}` {weight:g}" for name, weight in chosen.items())
+            + "."
         )
         if older := {r["objective"] for r in (*first, *second, *large) if _weight(r) != chosen.get(r["objective"], 0)}:
             parts.append(f"Run at a λ of an earlier choice: {', '.join(f'`{name}`' for name in sorted(older))}.")

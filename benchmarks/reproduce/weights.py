@@ -1,5 +1,6 @@
 """Which λ an objective gets: rules over runs that differ in it, none of which looks at test images."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,16 +17,19 @@ class Chosen(NamedTuple):
     weight: float
 
 
-def table_weights(runs: Iterable[Run], slack: float = 0.2) -> dict[str, float]:
-    """For each objective the largest λ whose validation accuracy is within `slack` points of its best.
+def table_weights(runs: Iterable[Run]) -> dict[str, float]:
+    """For each objective the largest λ whose validation accuracy is within one standard error of its best.
 
+    The one-standard-error rule of Breiman et al. 1984, with √(p·(1 - p)/n) of the best accuracy p on n held-out images.
     The largest: a loss on explanations is there for the explanations, as long as it costs nothing that validation sees.
     """
     found: dict[str, float] = {}
     for objective, group in _by(runs, lambda run: run["objective"]).items():
         if objective != "baseline":
-            best = max(run["best_valid_accuracy"] for run in group)
-            found[objective] = max(run["weight"] for run in group if run["best_valid_accuracy"] >= best - slack)
+            best = max(group, key=lambda run: float(run["best_valid_accuracy"]))
+            share = best["best_valid_accuracy"] / 100
+            least = 100 * (share - math.sqrt(share * (1 - share) / best["config"]["valid_size"]))
+            found[objective] = max(run["weight"] for run in group if run["best_valid_accuracy"] >= least)
     return found
 
 

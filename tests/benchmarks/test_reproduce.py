@@ -35,9 +35,14 @@ Run = dict[str, Any]
 
 
 def test_a_table_gets_the_largest_weight_that_costs_nothing_on_validation_images() -> None:
-    accuracies = {0.01: 91.9, 0.1: 92.0, 1.0: 91.85, 10.0: 91.7}
-    runs = [{"objective": "pl_l1", "weight": w, "best_valid_accuracy": a} for w, a in accuracies.items()]
-    runs.append({"objective": "baseline", "weight": 0.1, "best_valid_accuracy": 95.0})
+    # √(0.92·0.08/5000) = 0.384 %
+    accuracies = {0.01: 91.9, 0.1: 92.0, 0.3: 91.5, 1.0: 91.62, 10.0: 91.6}
+    config = {"valid_size": 5000}
+    runs: list[Run] = [
+        {"objective": "pl_l1", "weight": weight, "best_valid_accuracy": accuracy, "config": config}
+        for weight, accuracy in accuracies.items()
+    ]
+    runs.append({"objective": "baseline", "weight": 0.1, "best_valid_accuracy": 95.0, "config": config})
     assert table_weights(runs) == {"pl_l1": 1.0}
 
 
@@ -367,7 +372,7 @@ def test_the_page_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
 def test_the_page_names_what_has_another_weight_than_was_chosen(tmp_path: Path) -> None:
     results = tmp_path / "docs" / "results"
     write_runs(results, "table_a1-simple_cnn", [table_run(name, 0, 99, 98) for name in ("baseline", "bcpl_l1")])
-    tried = {"dataset": "fashion_mnist", "best_valid_accuracy": 92.0}
+    tried = {"dataset": "fashion_mnist", "best_valid_accuracy": 92.0, "config": {"valid_size": 5000}}
     baseline, chosen = table_run("baseline", 0, 91, 91), table_run("bcpl_l1", 0, 92, 92)
     write_runs(results, "weights", [baseline | tried, chosen | tried])
     assert "earlier choice" not in write_page(results).read_text()
