@@ -23,6 +23,7 @@ OBJECTIVES = ("baseline", *EXPLAINING)
 _INCHES = 0.8  # of a map
 _LABEL_INCHES = 1.7
 _DOTS = 100
+_CORNER = (0.25, 1.2)  # class SSIM and percent below the best of each
 
 
 def draw_figures(results: Path, workshop: Workshop) -> None:
@@ -98,20 +99,27 @@ def _extent(images: Any) -> tuple[float, float, float, float]:
 
 
 def _pareto(runs: list[dict[str, Any]]) -> Figure:
-    """Accuracy on held-out images against class SSIM, a line per objective along λ."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    """Accuracy on held-out images against class SSIM, a line per objective along λ; at the right its best corner."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    overview, corner = figure.subplots(1, 2, width_ratios=(2, 3))
     for objective in OBJECTIVES:
         along = sorted((run for run in runs if run["objective"] == objective), key=lambda run: float(run["weight"]))
         places = [(run["class_cam_ssim"], run["best_valid_accuracy"]) for run in along]
-        axes.plot(*zip(*places, strict=True), marker="o", label=objective)
+        for axes in (overview, corner):
+            axes.plot(*zip(*places, strict=True), marker="o", markersize=4, label=objective)
         for run, place in zip(along, places, strict=True):
-            text = "" if objective == "baseline" else f"{run['weight']:g}"
-            axes.annotate(text, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel("SSIM of class maps and prototypes (test set)")
-    axes.set_ylabel("validation accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+            if objective != "baseline":
+                offset = {"xytext": (4, 3), "textcoords": "offset points", "annotation_clip": True}
+                corner.annotate(f"{run['weight']:g}", place, fontsize=7, **offset)
+    best_map, best_accuracy = (max(run[name] for run in runs) for name in ("class_cam_ssim", "best_valid_accuracy"))
+    corner.set_xlim(best_map - _CORNER[0], best_map + _CORNER[0] / 20)
+    corner.set_ylim(best_accuracy - _CORNER[1], best_accuracy + _CORNER[1] / 20)
+    for axes in (overview, corner):
+        axes.set_xlabel("SSIM of class maps and prototypes (test set)")
+        axes.grid(alpha=0.3)
+    overview.set_ylabel("validation accuracy, %")
+    corner.set_title("the best corner, with λ", fontsize=9)
+    overview.legend(fontsize=8)
     return figure
 
 
