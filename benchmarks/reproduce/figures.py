@@ -1,7 +1,7 @@
 """The pictures of docs/results.md: maps of classes and of images, and accuracy against explanation quality."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +29,29 @@ _CORNER = (0.25, 1.2)  # class SSIM and percent below the best of each
 def draw_figures(results: Path, workshop: Workshop) -> None:
     """Draw what the runs at hand allow, of the first seed; pictures of others that were drawn before stay."""
     results.mkdir(parents=True, exist_ok=True)
-    tables = list(workshop.runs("table_a1_held_out-simple_cnn")) or list(workshop.runs("table_a1-simple_cnn"))
-    decoys = list(workshop.runs("decoy_weights"))
+    tables = ("table_a1_held_out-simple_cnn", "table_a1-simple_cnn")
+    table = next((name for name in tables if any(workshop.runs(name))), tables[0])
     for decoy, plain in PLAIN.items():
-        _draw_maps(results, plain, _first_seed(tables, plain, OBJECTIVES))
-        _draw_maps(results, decoy, _first_seed(decoys, decoy, ("baseline", *DECOY_WEIGHTS)))
+        _draw_maps(results, workshop, table, plain, OBJECTIVES)
+        _draw_maps(results, workshop, "decoy_weights", decoy, ("baseline", *DECOY_WEIGHTS))
     weights = read_runs(results, "weights")
     if weights:
         _save(_pareto(weights), results / "pareto.png")
 
 
-def _first_seed(runs: Iterable[Path], dataset: str, objectives: Sequence[str]) -> dict[str, Path]:
-    """The run of each objective on a data set, by name and λ."""
-    found = {}
-    for path in runs:
-        summary = json.loads((path / "summary.json").read_text())
-        if (summary["dataset"], summary["seed"]) == (dataset, 0):
-            found[summary["objective"], summary["weight"]] = path
-    order = sorted(found, key=lambda key: (objectives.index(key[0]), key[1]))
-    return {name if name == "baseline" else f"{name}\nλ {weight:g}": found[name, weight] for name, weight in order}
+def _draw_maps(results: Path, workshop: Workshop, stage: str, dataset: str, objectives: Sequence[str]) -> None:
+    """Both pictures of a data set, if each run of the first seed that docs/results holds is at hand."""
 
-
-def _draw_maps(results: Path, dataset: str, runs: dict[str, Path]) -> None:
-    if not runs:
+    here = {}
+    for path in workshop.runs(stage):
+        run = json.loads((path / "summary.json").read_text())
+        if (run["dataset"], run["seed"]) == (dataset, 0):
+            here[run["objective"], run["weight"]] = path
+    recorded = [run for run in read_runs(results, stage) if (run["dataset"], run["seed"]) == (dataset, 0)]
+    if not here or {(run["objective"], run["weight"]) for run in recorded} - here.keys():
         return
+    order = sorted(here, key=lambda key: (objectives.index(key[0]), key[1]))
+    runs = {name if name == "baseline" else f"{name}\nλ {weight:g}": here[name, weight] for name, weight in order}
     files = [load_file(path / "evaluation-test.safetensors") for path in runs.values()]
     rows = [("prototypes", files[0]["prototypes"]), *zip(runs, (file["class_maps"] for file in files), strict=True)]
     _save(_class_maps(rows), results / f"class_maps_{dataset}.png")
@@ -65,7 +64,7 @@ def _class_maps(rows: Sequence[tuple[str, Tensor]]) -> Figure:
     for row, (name, maps) in enumerate(rows):
         _label(cells[row][0], name)
         for cell, image in zip(cells[row], maps, strict=True):
-            cell.imshow(image, cmap="gray" if row == 0 else "inferno", vmin=0, vmax=1)
+            cell.imshow(image.numpy(), cmap="gray" if row == 0 else "inferno", vmin=0, vmax=1)
     return figure
 
 
@@ -77,16 +76,15 @@ def _image_maps(runs: dict[str, Path]) -> Figure:
     figure, cells = _grid(len(runs) + 1, len(chosen))
     _label(cells[0][0], "images")
     for cell, index in zip(cells[0], chosen, strict=True):
-        cell.imshow(images[index][0], cmap="gray", vmin=0, vmax=255)
+        cell.imshow(images[index][0].numpy(), cmap="gray", vmin=0, vmax=255)
     for row, (name, path) in zip(cells[1:], runs.items(), strict=True):
         _label(row[0], name)
         explanations: Explanations = explain(path, indices=chosen, device="cpu")
         assert explanations.targets is not None
         for place, cell in enumerate(row):
-            cell.imshow(images[chosen[place]][0], cmap="gray", vmin=0, vmax=255)
-            cell.imshow(
-                explanations.predicted_maps[place], cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=_extent(images)
-            )
+            cell.imshow(images[chosen[place]][0].numpy(), cmap="gray", vmin=0, vmax=255)
+            map_ = explanations.predicted_maps[place].numpy()
+            cell.imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=_extent(images))
             if int(explanations.predicted[place]) != int(explanations.targets[place]):
                 cell.spines[:].set(color="red", linewidth=2.5)
     return figure

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.reproduce import __main__ as reproduce
-from benchmarks.reproduce import stages
+from benchmarks.reproduce import figures, stages
 from benchmarks.reproduce.collect import by_trial, collect, read_runs, write_runs
 from benchmarks.reproduce.decoys import decoy_figures, wrong_reason_score
 from benchmarks.reproduce.page import write_page
@@ -331,6 +331,20 @@ def test_there_is_a_sketch_of_every_class(name: str, classes: int, tmp_path: Pat
     assert bool((prototypes.amax((1, 2)) > 0.7).all())
     assert float(prototypes[:, :4, :4].max()) < 0.05
     assert Image.open(tmp_path / name / f"{names[0]}.png").mode == "L"
+
+
+def test_pictures_are_drawn_anew_only_of_all_the_runs_that_are_recorded(
+    decoyed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "PLAIN", {"decoy_digits": "digits"})
+    monkeypatch.setattr(Workshop, "runs", lambda workshop, name: iter([decoyed] if name == "decoy_weights" else []))
+    recorded = collect([decoyed])
+    other = {**recorded[0], "objective": "psl"}
+    names = {"class_maps_decoy_digits.png", "image_maps_decoy_digits.png"}
+    for runs, drawn in (([*recorded, other], set()), ([*recorded, other | {"seed": 1}], names)):
+        write_runs(tmp_path, "decoy_weights", runs)
+        figures.draw_figures(tmp_path, Workshop(tmp_path / "runs"))
+        assert {path.name for path in tmp_path.glob("*.png")} == drawn
 
 
 # Page ----------------------------------------------------------------------------------------------------
