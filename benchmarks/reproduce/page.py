@@ -1,5 +1,6 @@
 """docs/results.md, written from docs/results/*.json and the paper's own figures alone: every number has a run."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,11 @@ class Figure(NamedTuple):
         if not found:
             return None
         return cls(mean(found), stdev(found) if len(found) > 1 else 0.0, len(found))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self.deviation / math.sqrt(self.n)
 
     def text(self, decimals: int = 2) -> str:
         spread = f" ± {self.deviation:.{decimals}f}" if self.n > 1 else ""
@@ -92,6 +98,7 @@ def _tables(results: Path) -> list[str]:
         )
         if older := {r["objective"] for r in (*first, *second, *large) if _weight(r) != chosen.get(r["objective"], 0)}:
             parts.append(f"Run at a λ of an earlier choice: {', '.join(f'`{name}`' for name in sorted(older))}.")
+    parts.append(_in_float32([*first, *second, *large]))
     parts.append(_accuracies([*first, *large], [*second]))
     parts.append(_verdict(first, second))
     parts.append(_explanations(results, second or first))
@@ -175,7 +182,7 @@ def _explanations(results: Path, runs: Sequence[Run]) -> str:
 
 def _claims(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
     """Whether objectives differ from the baseline by more than seeds do."""
-    lines = []
+    lines, raised = [], set()
     for name, runs, accuracy in (
         ("protocol one", first, "best_valid_accuracy"),
         ("protocol two", second, "best_test_accuracy"),
@@ -188,18 +195,27 @@ def _claims(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
             if base is None or base.n < 2 or not by_objective:
                 continue
             ranked = sorted(by_objective.items(), key=lambda item: -item[1].mean if item[1] else 0)
-            told = ", ".join(
-                f"`{key}` {round(figure.mean - base.mean, 2) + 0.0:+.2f}" for key, figure in ranked if figure
+            told = []
+            for key, figure in ranked:
+                if figure is not None:
+                    difference = figure.mean - base.mean
+                    sure = figure.n > 1 and abs(difference) > 3 * math.hypot(figure.error, base.error)
+                    mark = "**" if sure else ""
+                    told.append(f"`{key}` {mark}{round(difference, 2) + 0.0:+.2f}{mark}")
+                    raised |= {key} if sure and difference > 0 else set()
+            lines.append(
+                f"* `{model}`, {dataset}, {name}, differences from the baseline's {base.text()}: {', '.join(told)}."
             )
-            lines.append(f"* `{model}`, {dataset}, {name}, differences from the baseline's {base.text()}: {told}.")
     if not lines:
         return []
     return [
         "### Does a loss on explanations raise the accuracy?\n\nThe paper's tables rank the objectives by accuracy. "
         "Here, over seeds:\n\n"
         + "\n".join(lines)
-        + "\n\nDifferences below twice a row's standard deviation are not told apart from chance by so few seeds. What "
-        "the losses change beyond doubt is the maps, not the accuracy."
+        + "\n\nBold: more than three standard errors; the rest is not told apart from chance by so few seeds. λ is as "
+        "large as validation lets it be, which may cost some tenths of a point. "
+        + ("Accuracy rises with " + ", ".join(f"`{key}`" for key in sorted(raised)) if raised else "No accuracy rises")
+        + ": what the losses change beyond doubt is the maps."
     ]
 
 
@@ -452,9 +468,7 @@ _GOALS = (
 def _precisions(runs: Sequence[Run], in_float32: Sequence[Run]) -> str:
     """Which runs are not in bfloat16, and what that changes, seed by seed."""
     keys = ("dataset", "objective", "weight")
-    plain, in_bfloat16 = (
-        _grouped((run for run in runs if run["config"]["precision"] == name), *keys) for name in ("no", "bf16")
-    )
+    in_bfloat16 = _grouped((run for run in runs if run["config"]["precision"] == "bf16"), *keys)
     rows = []
     for key, group in _grouped(in_float32, *keys).items():
         dataset, objective, weight = key
@@ -464,21 +478,28 @@ def _precisions(runs: Sequence[Run], in_float32: Sequence[Run]) -> str:
             ours, theirs = ({run["seed"]: float(run[name]) for run in some} for some in (group, others))
             cells.append(_paired(ours, theirs, decimals))
         rows.append(cells)
-    named = [
-        f"`{objective}`{'' if objective == 'baseline' else f' at {weight:g}'} on {dataset} ({len(group)})"
-        for (dataset, objective, weight), group in plain.items()
-    ]
-    parts = []
-    if named:
-        parts.append(
-            "The recipe is in bfloat16. A machine whose CPU only emulates it ran some seeds in float32: "
-            + ", ".join(named)
-            + "."
-        )
+    named = _in_float32(runs)
+    parts = [named] if named else []
     if rows:
         parts.append("Float32 less bfloat16, seed by seed: mean difference, its standard error (number of pairs).")
         parts.append(_markdown(["data set", "objective", "λ", "decoyed test", "class SSIM"], rows))
     return "\n\n".join(["### Precision", *parts]) if parts else ""
+
+
+def _in_float32(runs: Sequence[Run]) -> str:
+    """Which runs are not in bfloat16."""
+    plain = [run for run in runs if run["config"]["precision"] == "no"]
+    named = [
+        f"`{objective}`{'' if objective == 'baseline' else f' at {weight:g}'} on {dataset} ({len(group)})"
+        for (dataset, objective, weight), group in _grouped(plain, "dataset", "objective", "weight").items()
+    ]
+    if not named:
+        return ""
+    return (
+        "The recipe is in bfloat16. A machine whose CPU only emulates it made some runs in float32: "
+        + ", ".join(named)
+        + "."
+    )
 
 
 def _paired(ours: Mapping[int, float], theirs: Mapping[int, float], decimals: int = 2) -> str:

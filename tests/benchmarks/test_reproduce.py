@@ -363,6 +363,7 @@ def table_run(objective: str, seed: int, valid: float, test: float) -> Run:
         "class_cam_ssim": 0.5,
         "relevance_mass": 0.25,
         "random_logit_ssim": 0.125,
+        "config": {"precision": "bf16"},
     }
 
 
@@ -379,7 +380,15 @@ def test_the_page_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
     assert (
         "`simple_cnn`: 2 of 14 rows run under protocol one, 1 at or above the paper; 1 under protocol two, 1 no" in text
     )
-    assert "differences from the baseline's 99.10 ± 0.10 (3): `bcpl_l1` -0.20." in text
+    # The standard error of the baseline's mean is 0.1/√3.
+    assert "differences from the baseline's 99.10 ± 0.10 (3): `bcpl_l1` **-0.20**." in text
+    assert "No accuracy rises" in text
+    first += [table_run("pl_l1", seed, 99.3, 98) for seed in range(3)]
+    first += [table_run("pl_l2", seed, 99.0 + seed / 5, 98) for seed in range(3)]
+    write_runs(results, "table_a1-simple_cnn", first)
+    text = write_page(results).read_text()
+    assert "`pl_l1` **+0.20**, `pl_l2` +0.10, `bcpl_l1` **-0.20**." in text
+    assert "Accuracy rises with `pl_l1`:" in text
     assert "The decoy benchmark was not run yet." in text
 
 
@@ -430,7 +439,7 @@ def test_the_page_names_runs_in_float32_and_holds_them_against_bfloat16(tmp_path
     in_float32 = [run("psl", seed, test, "no") for seed, test in ((0, 98.5), (1, 98.5), (2, 99))]
     write_runs(results, "decoy_float32", in_float32)
     text = write_page(results).read_text()
-    assert "ran some seeds in float32: `psl` at 0.1 on decoy_mnist (1), `baseline` on decoy_mnist (1)." in text
+    assert "made some runs in float32: `psl` at 0.1 on decoy_mnist (1), `baseline` on decoy_mnist (1)." in text
     # Differences 0.5 and 1.5; seed 2 has no partner in bfloat16.
     assert "| decoy_mnist | `psl` | 0.1 | +1.00, 0.50 (2) | +0.000, 0.000 (2) |" in text
 
