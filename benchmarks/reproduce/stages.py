@@ -173,7 +173,7 @@ def decoy_float32_space(prototypes: Path, chosen: Sequence[Chosen]) -> Space:
 def clean_space(chosen: Sequence[Chosen]) -> Space:
     """The same objectives on the clean data sets: what do they cost where nothing misleads?"""
     points = [{**_point(choice), "dataset": PLAIN[choice.dataset]} for choice in chosen]
-    return _decoy_space(points, {"seed": SEEDS}, Path(), DECOYED)
+    return _decoy_space(points, {"seed": DECOY_SEEDS}, Path(), DECOYED)
 
 
 def _point(choice: Chosen) -> Options:
