@@ -275,7 +275,7 @@ def _decoys(results: Path) -> list[str]:
             "### What it costs where nothing misleads\n\n" + _CLEAN + _markdown(["data set", "objective", "test"], rows)
         )
     parts.append(_goals(along, runs, others))
-    parts.append(_precisions(runs, read_runs(results, "decoy_float32")))
+    parts.append(_precisions(runs, [*others, *clean], read_runs(results, "decoy_float32")))
     parts.append("### What the models look at on decoys\n\n" + _pictures(results, "decoy_mnist", "decoy_fashion_mnist"))
     return [*(part for part in parts if part), _ADVICE, *_exploration(results)]
 
@@ -465,20 +465,20 @@ _GOALS = (
 )
 
 
-def _precisions(runs: Sequence[Run], in_float32: Sequence[Run]) -> str:
-    """Which runs are not in bfloat16, and what that changes, seed by seed."""
+def _precisions(runs: Sequence[Run], others: Sequence[Run], in_float32: Sequence[Run]) -> str:
+    """Which runs and others are not in bfloat16, and what that changes, seed by seed of the runs."""
     keys = ("dataset", "objective", "weight")
     in_bfloat16 = _grouped((run for run in runs if run["config"]["precision"] == "bf16"), *keys)
     rows = []
     for key, group in _grouped(in_float32, *keys).items():
         dataset, objective, weight = key
-        others = in_bfloat16.get(key, [])
+        pairs = in_bfloat16.get(key, [])
         cells = [dataset, f"`{objective}`", f"{weight:g}"]
         for name, decimals in (("test_accuracy", 2), ("class_cam_ssim", 3)):
-            ours, theirs = ({run["seed"]: float(run[name]) for run in some} for some in (group, others))
+            ours, theirs = ({run["seed"]: float(run[name]) for run in some} for some in (group, pairs))
             cells.append(_paired(ours, theirs, decimals))
         rows.append(cells)
-    named = _in_float32(runs)
+    named = _in_float32([*runs, *others])
     parts = [named] if named else []
     if rows:
         parts.append("Float32 less bfloat16, seed by seed: mean difference, its standard error (number of pairs).")

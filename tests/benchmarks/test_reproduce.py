@@ -438,8 +438,10 @@ def test_the_page_names_runs_in_float32_and_holds_them_against_bfloat16(tmp_path
     write_runs(results, "decoy_seeds", [run("psl", 1, 97), run("psl", 2, 99, "no"), run("baseline", 1, 60, "no")])
     in_float32 = [run("psl", seed, test, "no") for seed, test in ((0, 98.5), (1, 98.5), (2, 99))]
     write_runs(results, "decoy_float32", in_float32)
+    write_runs(results, "decoy_clean", [run("psl", 0, 99, "no") | {"dataset": "mnist"}])
     text = write_page(results).read_text()
-    assert "made some runs in float32: `psl` at 0.1 on decoy_mnist (1), `baseline` on decoy_mnist (1)." in text
+    named = "`psl` at 0.1 on decoy_mnist (1), `baseline` on decoy_mnist (1), `psl` at 0.1 on mnist (1)"
+    assert f"made some runs in float32: {named}." in text
     # Differences 0.5 and 1.5; seed 2 has no partner in bfloat16.
     assert "| decoy_mnist | `psl` | 0.1 | +1.00, 0.50 (2) | +0.000, 0.000 (2) |" in text
 
