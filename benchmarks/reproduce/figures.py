@@ -41,7 +41,6 @@ def draw_figures(results: Path, workshop: Workshop) -> None:
 
 def _draw_maps(results: Path, workshop: Workshop, stage: str, dataset: str, objectives: Sequence[str]) -> None:
     """Both pictures of a data set, if each run of the first seed that docs/results holds is at hand."""
-
     here = {}
     for path in workshop.runs(stage):
         run = json.loads((path / "summary.json").read_text())

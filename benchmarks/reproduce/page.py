@@ -202,7 +202,8 @@ def _claims(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
                     sure = figure.n > 1 and abs(difference) > 3 * math.hypot(figure.error, base.error)
                     mark = "**" if sure else ""
                     told.append(f"`{key}` {mark}{round(difference, 2) + 0.0:+.2f}{mark}")
-                    raised |= {key} if sure and difference > 0 else set()
+                    if sure and difference > 0:
+                        raised.add(key)
             lines.append(
                 f"* `{model}`, {dataset}, {name}, differences from the baseline's {base.text()}: {', '.join(told)}."
             )
@@ -214,8 +215,11 @@ def _claims(first: Sequence[Run], second: Sequence[Run]) -> list[str]:
         + "\n".join(lines)
         + "\n\nBold: more than three standard errors; the rest is not told apart from chance by so few seeds. λ is as "
         "large as validation lets it be, which may cost some tenths of a point. "
-        + ("Accuracy rises with " + ", ".join(f"`{key}`" for key in sorted(raised)) if raised else "No accuracy rises")
-        + ": what the losses change beyond doubt is the maps."
+        + (
+            f"Accuracy rises with {', '.join(f'`{key}`' for key in sorted(raised))}."
+            if raised
+            else "No accuracy rises: what the losses change beyond doubt is the maps."
+        )
     ]
 
 
@@ -504,11 +508,10 @@ def _in_float32(runs: Sequence[Run]) -> str:
 
 def _paired(ours: Mapping[int, float], theirs: Mapping[int, float], decimals: int = 2) -> str:
     """Mean and standard error of the differences of two by seed."""
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if len(differences) < 2:
+    difference = Figure.of(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+    if difference is None or difference.n < 2:
         return NOT_RUN
-    error = stdev(differences) / len(differences) ** 0.5
-    return f"{mean(differences):+.{decimals}f}, {error:.{decimals}f} ({len(differences)})"
+    return f"{difference.mean:+.{decimals}f}, {difference.error:.{decimals}f} ({difference.n})"
 
 
 def _judged(goal: float, figure: Figure | None) -> str:

@@ -388,7 +388,7 @@ def test_the_page_says_what_was_run_and_what_was_not(tmp_path: Path) -> None:
     write_runs(results, "table_a1-simple_cnn", first)
     text = write_page(results).read_text()
     assert "`pl_l1` **+0.20**, `pl_l2` +0.10, `bcpl_l1` **-0.20**." in text
-    assert "Accuracy rises with `pl_l1`:" in text
+    assert "Accuracy rises with `pl_l1`." in text
     assert "The decoy benchmark was not run yet." in text
 
 
